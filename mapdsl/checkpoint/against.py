@@ -1,0 +1,333 @@
+"""`check --against`: a map held against the headers of a checkpoint of its left side.
+
+Every stored name has its rule, every promised name is there, and every shape and dtype is what map and config say.
+Findings of one kind on one rule are told together: a wrong rule is wrong in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mapdsl.checkpoint.checkpoint import Checkpoint
+from mapdsl.checkpoint.headers import StoredTensor
+from mapdsl.compiler import ir
+from mapdsl.compiler.check import Checked
+from mapdsl.compiler.codecs import AnyCodec, Codec
+from mapdsl.compiler.expand import Expansion, Match, Named, expand, param_values
+from mapdsl.compiler.formula import evaluate, show
+from mapdsl.compiler.names import Pattern, Wildcard, number_holes, patterns, read
+from mapdsl.language import tree
+from mapdsl.language.diagnostics import Diagnostic, MapError, ordered
+from mapdsl.language.source import Span
+from mapdsl.runtime.sizes import SizeError, axis_sizes
+
+SHOWN = 3
+RAW = Codec("raw", "raw")
+
+
+@dataclass
+class Summary:
+    """What a comparison saw: tensors in all, by format, dropped, and carried by wildcards."""
+
+    tensors: int = 0
+    formats: dict[str, int] = field(default_factory=dict)
+    dropped: int = 0
+    carried: int = 0
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """One line for people."""
+        parts = [f"{count:,} {name}" for name, count in sorted(self.formats.items(), key=lambda item: -item[1])]
+        parts += [f"{self.dropped:,} dropped"] * bool(self.dropped) + [f"{self.carried:,} carried"] * bool(self.carried)
+        return f"{self.tensors:,} tensors: {', '.join(parts)}"
+
+
+def check_against(
+    checked: Checked, checkpoint: Checkpoint, params: Mapping[str, Any] | None = None
+) -> tuple[list[Diagnostic], Summary]:
+    """Everything in which the checkpoint differs from what the map promises, and what was seen.
+
+    `params` are params of the map given by name; the others come from the checkpoint's config. Only headers are read.
+    """
+    comparison = _Comparison(checked, checkpoint, dict(params or {}))
+    comparison.run()
+    return ordered(comparison.found), comparison.summary
+
+
+def has_answers(checked: Checked, names: Mapping[str, Any]) -> dict[str, bool]:
+    """The answers of every `has(...)` of a map, by its text, for the names of a checkpoint."""
+    answers: dict[str, bool] = {}
+    for param in checked.map.params.values():
+        for node in _has_nodes(param.value):
+            shapes = patterns(node.template)
+            answers[show(node)] = any(read(p, name) is not None for name in names for p in shapes)
+    return answers
+
+
+def _has_nodes(expr: tree.Expr) -> Iterator[tree.Has]:
+    match expr:
+        case tree.Has():
+            yield expr
+        case tree.Default(options=items) | tree.Operation(operands=items) | tree.Call(arguments=items):
+            for item in items:
+                yield from _has_nodes(item)
+
+
+Kind = tuple[str, int, str]  # code, rule, and what it is about
+
+
+class _Comparison:
+    def __init__(self, checked: Checked, checkpoint: Checkpoint, params: dict[str, Any]) -> None:
+        self.map = checked.map
+        self.checkpoint = checkpoint
+        self.subject = str(checkpoint.path)
+        self.found: list[Diagnostic] = []
+        self.left: dict[str, StoredTensor] = dict(checkpoint.tensors)
+        self.together: dict[Kind, list[str]] = {}
+        answers = has_answers(checked, self.left)
+        values = param_values(checked, checkpoint.config, {**answers, **params})
+        self.expansion: Expansion = expand(checked, values)
+        self.summary = Summary(tensors=len(self.left), params=values)
+
+    def run(self) -> None:
+        """Respell legacy names, take every rule's tensors, and see what is left."""
+        for accept in self.map.accepts:
+            self._accept(accept)
+        for number, rule in enumerate(self.map.rules):
+            if rule.left and not rule.is_else:
+                for match in self.expansion.matches(number):
+                    self._match(match, rule)
+        self._wildcards()
+        self._leftovers()
+        self._report()
+
+    # --- legacy names ---
+
+    def _accept(self, accept: ir.Accept) -> None:
+        pairs = list(zip(patterns(accept.old), patterns(accept.new), strict=False))
+        for name in list(self.left):
+            for old, new in pairs:
+                found = self._bound(old, name, accept.guard)
+                if found is not None:
+                    values, texts = found
+                    self._respell(name, _filled(new, values, texts), accept.span)
+
+    def _respell(self, name: str, new: str, span: Span) -> None:
+        if new in self.left:
+            message = f"{name} is the legacy spelling of {new}, and both are stored"
+            self._error("C506", message, span)
+            return
+        self.left[new] = self.left.pop(name)
+
+    def _bound(
+        self, pattern: Pattern, name: str, guard: tree.Expr | None
+    ) -> tuple[dict[str, Any], dict[str, str]] | None:
+        """The indices and texts under which a pattern reads a name, inside all ranges and the guard."""
+        reading = read(pattern, name)
+        if reading is None:
+            return None
+        numbers, texts = reading
+        values = dict(self.expansion.params)
+        for expr, number in numbers:
+            index = _index_in(expr, self.map)
+            if index is None:
+                continue
+            offset = _offset(expr, index, values)
+            if offset is None:
+                continue
+            if values.setdefault(index, number - offset) != number - offset:
+                return None
+        for expr, number in numbers:
+            if any(n in self.map.indices and n not in values for n in ir.names_in(expr)):
+                return None
+            if evaluate(expr, values) != number:
+                return None
+        for hole in number_holes(pattern):
+            for index in (n for n in ir.names_in(hole.value) if n in self.map.indices):
+                if not self._in_range(index, values):
+                    return None
+        if guard is not None and not evaluate(guard, values):
+            return None
+        return values, texts
+
+    def _in_range(self, index: str, values: Mapping[str, Any]) -> bool:
+        declared = self.map.indices[index]
+        lower = 0 if declared.lower is None else evaluate(declared.lower, values)
+        return bool(
+            lower <= values[index] and (declared.upper is None or values[index] < evaluate(declared.upper, values))
+        )
+
+    # --- rules ---
+
+    def _match(self, match: Match, rule: ir.Rule) -> None:
+        """Take the tensors of one match: all there, or what is missing is told."""
+        names = list(self.expansion.names(match, "left"))
+        missing = [named for named in names if not self._is_there(named, rule)]
+        if missing:
+            self._missing(match, rule, names, missing)
+            return
+        sizes = self.expansion.sizes(match)
+        for named in names:
+            self._tensor(match, rule, named, sizes)
+
+    def _is_there(self, named: Named, rule: ir.Rule) -> bool:
+        codecs = self.expansion.codecs(rule.left[named.place])
+        return any(codec.names(named.name)[0] in self.left for codec in codecs or [RAW])
+
+    def _missing(self, match: Match, rule: ir.Rule, names: list[Named], missing: list[Named]) -> None:
+        whole = len(missing) == len(names)
+        if whole and (rule.optional or rule.arrow == "->"):
+            return
+        for named in names:
+            if named not in missing:
+                self._take(named.name, rule, "")
+        what = "are missing" if whole else "are missing, the rest of their group is there"
+        self._together("C502", match.rule, what, [named.name for named in missing])
+
+    def _tensor(self, match: Match, rule: ir.Rule, named: Named, sizes: dict[str, int]) -> None:
+        codec = self._format(match, rule, named)
+        if codec is None:
+            return
+        payload = codec.names(named.name)[0]
+        logical = codec.logical_shape(self.left[payload].shape)
+        pattern = self.expansion.pattern(match.rule, "left", named.place)
+        if pattern is not None:
+            try:
+                sizes |= axis_sizes(pattern, logical, sizes)
+            except SizeError as err:
+                self._together("C503", match.rule, str(err), [named.name])
+        for stored in codec.stored(named.name, logical):
+            tensor = self.left[stored.name]
+            if stored.shape is not None and tensor.shape != stored.shape:
+                message = f"has shape {list(tensor.shape)}, expected {list(stored.shape)} beside {list(logical)}"
+                self._together("C503", match.rule, message, [stored.name])
+            if stored.dtypes and tensor.dtype not in stored.dtypes:
+                message = f"has dtype {tensor.dtype}, expected {' or '.join(stored.dtypes)}"
+                self._together("C504", match.rule, message, [stored.name])
+        for stored in codec.stored(named.name, None):
+            self._take(stored.name, rule, codec.name)
+
+    def _format(self, match: Match, rule: ir.Rule, named: Named) -> AnyCodec | None:
+        """The alternative that a tensor is stored in: by its dtype, with all its companions."""
+        codecs = self.expansion.codecs(rule.left[named.place]) or [RAW]
+        claimed: AnyCodec | None = None
+        for codec in codecs:
+            payload, *companions = codec.names(named.name)
+            if codec.kind == "raw" or payload not in self.left or not codec.claims(self.left[payload].dtype):
+                continue
+            if all(name in self.left for name in companions):
+                return codec
+            claimed = claimed or codec
+        if claimed is not None:
+            lacking = [name for name in claimed.names(named.name)[1:] if name not in self.left]
+            self._together("C502", match.rule, f"are missing: the tensor is stored as {claimed.name}", lacking)
+            self._take(claimed.names(named.name)[0], rule, "")
+            return None
+        raw = next((codec for codec in codecs if codec.kind == "raw"), None)
+        if raw is None:
+            names = "|".join(codec.name for codec in codecs)
+            payload = next(p for p in (c.names(named.name)[0] for c in codecs) if p in self.left)
+            message = f"has dtype {self.left[payload].dtype}, which is none of {names}"
+            self._together("C504", match.rule, message, [payload])
+            self._take(payload, rule, "")
+        return raw
+
+    def _take(self, name: str, rule: ir.Rule, codec: str) -> None:
+        if self.left.pop(name, None) is None:
+            return
+        if rule.arrow == "->":
+            self.summary.dropped += 1
+        elif codec:
+            label = codec if codec != "raw" or rule.left[0].codecs else "as they are"
+            self.summary.formats[label] = self.summary.formats.get(label, 0) + 1
+
+    # --- what is left ---
+
+    def _wildcards(self) -> None:
+        """Rules with wildcards or open indices take what no other rule names."""
+        shut = self._shut_names()
+        for number, rule in enumerate(self.map.rules):
+            layout = self.expansion.checked.layouts[number]
+            open_ = [a for a in layout.matched if a in self.map.indices and self.map.indices[a].upper is None]
+            if not rule.left or not (open_ or any(axis[0] == "{" for axis in layout.matched)):
+                continue
+            for pattern in patterns(rule.left[0].template):
+                for name in [n for n in self.left if n not in shut and self._bound(pattern, n, rule.guard) is not None]:
+                    del self.left[name]
+                    if rule.right:
+                        self.summary.carried += 1
+                    else:
+                        self.summary.dropped += 1
+
+    def _shut_names(self) -> set[str]:
+        """Left-over names that a rule names though its guard shuts them out: no wildcard may carry them."""
+        guarded = [
+            (p, r)
+            for r in self.map.rules
+            if r.guard is not None and not r.is_else
+            for t in r.left
+            for p in patterns(t.template)
+        ]
+        return {n for n in self.left for p, _ in guarded if not p.is_wild and self._bound(p, n, None) is not None}
+
+    def _leftovers(self) -> None:
+        groups: dict[str, list[str]] = {}
+        for name in self.left:
+            # Names that differ in their numbers only are told together.
+            groups.setdefault("".join("#" if c.isdigit() else c for c in name), []).append(name)
+        for names in groups.values():
+            message = f"no rule reads {_listed(names)}"
+            self.found.append(Diagnostic("C501", message, subject=self.subject))
+
+    # --- findings ---
+
+    def _together(self, code: str, rule: int, what: str, names: list[str]) -> None:
+        self.together.setdefault((code, rule, what), []).extend(names)
+
+    def _report(self) -> None:
+        for (code, number, what), names in self.together.items():
+            span = self.map.rules[number].span
+            separator = " " if what.startswith(("are ", "has ")) else ": "
+            text = what.replace("are missing", "is missing") if len(names) == 1 else what
+            self.found.append(Diagnostic(code, f"{_listed(names)}{separator}{text}", (span,), subject=self.subject))
+
+    def _error(self, code: str, message: str, *spans: Span) -> None:
+        self.found.append(Diagnostic(code, message, spans, subject=self.subject))
+
+
+def _index_in(expr: tree.Expr, resolved: ir.Map) -> str | None:
+    """The one index of a hole; None where it has several."""
+    found = {name for name in ir.names_in(expr) if name in resolved.indices}
+    return found.pop() if len(found) == 1 else None
+
+
+def _offset(expr: tree.Expr, index: str, values: Mapping[str, Any]) -> int | None:
+    """What a hole adds to its index, if it is the index plus something known."""
+    match expr:
+        case tree.Name(path=path) if path == index:
+            return 0
+        case tree.Operation(operator="+", operands=operands):
+            others = [o for o in operands if not (isinstance(o, tree.Name) and o.path == index)]
+            if len(others) == len(operands) - 1:
+                return int(sum(evaluate(other, values) for other in others))
+    return None
+
+
+def _filled(pattern: Pattern, values: Mapping[str, Any], texts: Mapping[str, str]) -> str:
+    segments = []
+    for segment in pattern.segments:
+        if isinstance(segment, Wildcard):
+            segments.append(texts[segment.name])
+        else:
+            segments.append("".join(t if isinstance(t, str) else str(evaluate(t.value, values)) for t in segment))
+    return ".".join(segments)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
+
+
+__all__ = ["MapError", "Summary", "check_against", "has_answers"]

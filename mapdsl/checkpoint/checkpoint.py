@@ -1,0 +1,274 @@
+"""A checkpoint as its headers tell it: names, dtypes, shapes, places; no tensor is read, torch is not needed.
+
+The one exception are torch's own files (`.pt`, `.pth`, `.bin`), which only torch can read; it is imported for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mapdsl.checkpoint.files import bad_file, is_plain_name, leaves_folder, natural_key, read_object, reason
+from mapdsl.checkpoint.headers import StoredTensor, read_header
+from mapdsl.checkpoint.listing import read_json_listing, read_listing
+from mapdsl.language.diagnostics import Diagnostic, MapError
+
+Kind = Literal["safetensors", "torch", "listing"]
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+_INDEX = ".index.json"
+_SHOWN = 20  # missing files named one by one
+_WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint's headers, index and config say.
+
+    `tensors` are in stored order: file by file, by offset. `metadata` holds each file's `__metadata__`, `files` the
+    names of the files with tensors. `config` is `config.json`, or None without one. `other_files` are the names of
+    files to carry over to a converted checkpoint (tokenizer, generation config, licence), `refused_files` of those
+    that are not, because they are links that lead out of the folder.
+    """
+
+    path: Path
+    kind: Kind
+    tensors: dict[str, StoredTensor]
+    config: dict[str, Any] | None = None
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    other_files: tuple[str, ...] = ()
+    refused_files: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the tensors themselves are there, not only a listing of them."""
+        return self.kind != "listing"
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read the headers of a checkpoint.
+
+    `path` is a folder (with one `*.safetensors.index.json`, else all its `*.safetensors`, else `pytorch_model.bin` or
+    its index), an index, one `.safetensors`, one torch file, or a listing (`.list`, `.json`). Beside one file only its
+    config is looked for; `NAME.config.json` goes before `config.json` for listings.
+
+    Of a folder, `other_files` are the regular files directly in it: no subfolders, no names with a leading dot, no
+    weights or indexes of any kind, no `config.json`. Links count if they stay in the folder, or in the `blobs` of the
+    Hugging Face cache that it lies in; files with tensors may be links to anywhere.
+
+    Raises a MapError: C507 for what is missing, broken or hostile, all files' findings at once; C506 for a tensor that
+    lies in two files.
+    """
+    with _no_collection():
+        return _open(Path(path))
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Hold garbage collection off: it would walk a hundred thousand new objects, and torch's, over and over."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _open(path: Path) -> Checkpoint:
+    name = path.name
+    if path.is_dir():
+        return _open_folder(path)
+    if not os.path.lexists(path):
+        raise bad_file(path, "there is no such file or folder")
+    if name.endswith(_INDEX):
+        return _open_index(path, path)
+    if name.endswith((".list", ".json")):
+        return _open_listing(path)
+    if name.endswith((".safetensors", *TORCH_SUFFIXES)):
+        found = _checked(_gather([path]))
+        return Checkpoint(path, _kind(path), found.tensors, _config(path.parent), found.metadata, (name,))
+    kinds = f"a folder, *{_INDEX}, *.safetensors, *.list, *.json, {', '.join('*' + s for s in TORCH_SUFFIXES)}"
+    raise bad_file(path, "the name does not say what the file is", advice=f"a checkpoint is one of: {kinds}")
+
+
+@dataclass
+class _Gathered:
+    """Headers put together; `problems` are kept until all files were read."""
+
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+    problems: list[Diagnostic] = field(default_factory=list)
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    try:
+        names = sorted(os.listdir(folder), key=natural_key)
+    except OSError as problem:
+        raise bad_file(folder, f"cannot read the folder: {reason(problem)}") from problem
+    for suffix, single in ((".safetensors", None), (".bin", "pytorch_model.bin")):
+        indexes = [name for name in names if name.endswith(suffix + _INDEX)]
+        if len(indexes) > 1:
+            message = f"the folder holds {len(indexes)} indexes, expected one: {', '.join(indexes)}"
+            raise bad_file(folder, message, advice="give the path of the index that you mean")
+        if indexes:
+            return _open_index(folder, folder / indexes[0])
+        shards = [name for name in names if (name == single if single else name.endswith(suffix))]
+        if shards:
+            return _with_folder(folder, folder, _checked(_gather([folder / name for name in shards])), shards)
+    message = f"the folder holds no *.safetensors, no *.safetensors{_INDEX} and no pytorch_model.bin"
+    raise bad_file(folder, message, advice="for another file, give its own path")
+
+
+def _open_index(path: Path, index: Path) -> Checkpoint:
+    """`path` is what the user gave, the index or its folder."""
+    weight_map = _read_index(index)
+    names = sorted(set(weight_map.values()), key=natural_key)
+    places = {name: index.parent / name for name in names}
+    absent = {name for name in names if not places[name].exists()}
+    found = _gather([places[name] for name in names if name not in absent])
+    lost = _by_first((file, name) for name, file in weight_map.items() if file in absent)
+    for file in sorted(absent, key=natural_key)[:_SHOWN]:
+        message = f"the index puts {_listed(lost[file])} into {file}, and there is no such file"
+        found.problems.append(_finding(index, message))
+    if len(absent) > _SHOWN:
+        found.problems.append(_finding(index, f"{len(absent) - _SHOWN:,} more of its files are not there"))
+    if not found.problems:
+        found.problems += _index_problems(index, weight_map, places, found.tensors)
+    return _with_folder(path, index.parent, _checked(found), names)
+
+
+def _with_folder(path: Path, folder: Path, found: _Gathered, files: Sequence[str]) -> Checkpoint:
+    others, refused = _other_files(folder)
+    kind = _kind(folder / files[0]) if files else "safetensors"
+    return Checkpoint(path, kind, found.tensors, _config(folder), found.metadata, tuple(files), others, refused)
+
+
+def _open_listing(path: Path) -> Checkpoint:
+    tensors = read_listing(path) if path.suffix == ".list" else read_json_listing(path)
+    own = path.with_name(f"{path.stem}.config.json")
+    config = read_object(own, "config", lenient=True) if own.exists() else _config(path.parent)
+    return Checkpoint(path, "listing", tensors, config)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The `weight_map` of an index, every file name in it plain and of the index's kind."""
+    weight_map = read_object(index, "index").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise bad_file(index, "the index has no object `weight_map`")
+    suffixes = TORCH_SUFFIXES if index.name.endswith(".bin" + _INDEX) else (".safetensors",)
+    sound: set[str] = set()  # many names share a file
+    for name, file in weight_map.items():
+        if isinstance(file, str) and (file in sound or (is_plain_name(file) and file.endswith(suffixes))):
+            sound.add(file)
+            continue
+        wanted = " or ".join("*" + suffix for suffix in suffixes)
+        message = f"the index puts tensor `{name}` into {file!r:.200}, expected {wanted} in its own folder"
+        raise bad_file(index, message, "no folders, no `..`, no absolute paths")
+    return weight_map
+
+
+def _gather(paths: Iterable[Path]) -> _Gathered:
+    """Read every file's header; the problems of all of them are kept, with tensors that lie in two files."""
+    found = _Gathered()
+    for path in paths:
+        try:
+            tensors, found.metadata[path.name] = _read_file(path)
+        except MapError as problem:
+            found.problems += problem.diagnostics
+            continue
+        twice = [name for name in tensors if name in found.tensors]
+        if twice:
+            message = f"{_listed(twice)} is stored in {found.tensors[twice[0]].file.name} and again in {path.name}"
+            advice = "give the path of the file or the index that you mean"
+            found.problems.append(_finding(path, message, "C506", advice))
+        found.tensors.update(tensors)
+    return found
+
+
+def _read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    if path.name.endswith(TORCH_SUFFIXES):
+        from mapdsl.checkpoint.torch_files import read_torch_headers  # imports torch
+
+        return read_torch_headers(path), {}
+    header = read_header(path)
+    return {tensor.name: tensor for tensor in header.tensors}, header.metadata
+
+
+def _index_problems(
+    index: Path, weight_map: dict[str, str], places: dict[str, Path], tensors: dict[str, StoredTensor]
+) -> list[Diagnostic]:
+    """Where the index and the headers disagree: one finding per pair of files, with an example."""
+    wrong: list[tuple[tuple[str, str], str]] = []
+    missing: list[tuple[str, str]] = []
+    for name, file in weight_map.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            missing.append((file, name))
+        elif tensor.file is not places[file]:
+            wrong.append(((file, tensor.file.name), name))
+    unlisted = [(tensor.file.name, name) for name, tensor in tensors.items() if name not in weight_map]
+    lines = [
+        f"the index puts {_listed(n)} into {file}, which does not hold it" for file, n in _by_first(missing).items()
+    ]
+    for (file, other), names in _by_first(wrong).items():
+        lines.append(f"the index puts {_listed(names)} into {file}, found in {other}")
+    for file, names in _by_first(unlisted).items():
+        lines.append(f"{file} holds {_listed(names)}, which the index does not name")
+    advice = "the index belongs to other files: fetch it again, or remove it to read all *.safetensors of the folder"
+    return [_finding(index, line, advice=advice) for line in lines]
+
+
+def _other_files(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the files to carry over, and of links that lead elsewhere."""
+    others, refused = [], []
+    for name in sorted(os.listdir(folder), key=natural_key):
+        path = folder / name
+        if name.startswith(".") or name == "config.json" or name.endswith((*_WEIGHT_SUFFIXES, _INDEX)):
+            continue
+        if leaves_folder(path) or not is_plain_name(name):
+            refused.append(name)
+        elif path.is_file():
+            others.append(name)
+    return tuple(others), tuple(refused)
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    return read_object(path, "config", lenient=True) if path.exists() else None
+
+
+def _kind(path: Path) -> Kind:
+    return "torch" if path.name.endswith(TORCH_SUFFIXES) else "safetensors"
+
+
+def _finding(path: Path, message: str, code: str = "C507", advice: str = "") -> Diagnostic:
+    return Diagnostic(code, message, subject=str(path), help=advice)
+
+
+def _checked(found: _Gathered) -> _Gathered:
+    if found.problems:
+        raise MapError(found.problems)
+    return found
+
+
+def _by_first(pairs: Iterable[tuple[Any, str]]) -> dict[Any, list[str]]:
+    groups: dict[Any, list[str]] = {}
+    for key, name in pairs:
+        groups.setdefault(key, []).append(name)
+    return groups
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"tensor `{names[0]}`" + (f" (and {len(names) - 1:,} more)" if len(names) > 1 else "")

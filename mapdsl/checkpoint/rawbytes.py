@@ -1,0 +1,56 @@
+"""Tensors as the bytes that files hold, in memory order of the logical tensor, without numpy."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import torch
+
+STRIP_BYTES = 16 * 2**20
+"""How much of a strided tensor, or of one on a device, is made contiguous at a time."""
+
+_SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def buffer(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as writable bytes; the tensor must outlive it."""
+    if not tensor.nbytes:
+        return memoryview(b"")
+    array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    return memoryview(array).cast("B")
+
+
+def strips(tensor: torch.Tensor, limit: int = STRIP_BYTES) -> Iterator[torch.Tensor]:
+    """Contiguous CPU tensors that together hold the bytes of `tensor`, slowest axis first.
+
+    A contiguous CPU tensor is given back as it is. Any other is copied in strips of at most `limit` bytes, not whole;
+    they share one piece of memory, so use each before asking for the next.
+    """
+    tensor = tensor.detach()
+    if not (tensor.is_conj() or tensor.is_neg()):
+        # Copy bits, not values: a bool byte of 2 stays 2, and kernels for rare dtypes are not needed.
+        tensor = tensor.view(_SAME_WIDTH[tensor.itemsize])
+    scratch: torch.Tensor | None = None  # one for all: malloc would not find freed strips again, and grow
+    for piece in _pieces(tensor, limit):
+        if _is_plain(piece):
+            yield piece
+            continue
+        if scratch is None:
+            scratch = torch.empty(min(tensor.nbytes, max(limit, tensor.itemsize)), dtype=torch.uint8)
+        yield scratch[: piece.nbytes].view(piece.dtype).view(piece.shape).copy_(piece)
+
+
+def _pieces(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
+    """Views that together hold a tensor in order, each as plain memory or of at most `limit` bytes."""
+    if tensor.dim() == 0 or tensor.nbytes <= limit or _is_plain(tensor):
+        yield tensor
+    else:
+        rows = limit * tensor.shape[0] // tensor.nbytes
+        for start in range(0, tensor.shape[0], max(rows, 1)):
+            yield from _pieces(tensor[start : start + rows] if rows else tensor[start], limit)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    is_lazy = tensor.is_conj() or tensor.is_neg()
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not is_lazy

@@ -1,0 +1,168 @@
+"""A checkpoint's tensors, mapped from disk and read when they are used."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from mapdsl.checkpoint.checkpoint import TORCH_SUFFIXES, Checkpoint
+from mapdsl.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES, dtype_name, stored_shape, torch_dtype, torch_shape
+from mapdsl.checkpoint.files import bad_file, reason
+from mapdsl.checkpoint.headers import StoredTensor
+from mapdsl.checkpoint.torch_files import load_torch_file
+from mapdsl.language.diagnostics import MapError
+
+__all__ = [
+    "DTYPE_NAMES",
+    "TORCH_DTYPES",
+    "LazyState",
+    "dtype_name",
+    "stored_shape",
+    "torch_dtype",
+    "torch_shape",
+]
+
+# `mmap.MAP_NORESERVE` came with Python 3.12; these machines share its number.
+_IS_COMMON = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64", "arm64")
+_NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _IS_COMMON else 0)
+
+
+class LazyState(Mapping[str, torch.Tensor]):
+    """A state dict over a checkpoint: `state[name]` is a CPU tensor over the file's pages, not a copy.
+
+    The mapping is private: writing into a tensor changes memory, never the file. A tensor whose offset is no multiple
+    of its element size is copied, and so is each where the system grants no map. F4 has torch's paired shape
+    (`torch_shape`). The file must not be cut while it is mapped. `meta()` gives the same mapping with meta tensors,
+    from the headers alone.
+
+    `state[name]` raises a MapError: C507 for a listing (no data) or a file that changed, C504 for a dtype that torch
+    lacks, C503 for an F4 shape that torch cannot hold.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str = "cpu") -> None:
+        if device not in ("cpu", "meta"):
+            raise ValueError(f"device is {device!r}, expected 'cpu' or 'meta'")
+        self.checkpoint = checkpoint
+        self._is_meta = device == "meta"
+        self._maps: dict[Path, torch.Tensor | None] = {}
+        self._pages: dict[Path, mmap.mmap] = {}
+        self._loaded: dict[Path, dict[str, torch.Tensor]] = {}
+
+    def meta(self) -> LazyState:
+        """The same names with empty tensors on the meta device; works for listings too."""
+        return LazyState(self.checkpoint, device="meta")
+
+    def close(self) -> None:
+        """Let go of the files. Tensors that were handed out keep theirs; asking again maps it again."""
+        self._maps.clear()
+        self._pages.clear()
+        self._loaded.clear()
+
+    def release(self, name: str) -> None:
+        """Let the pages of a tensor that was handed out leave this process.
+
+        The tensor stays good, what it holds is read from the file again when it is used; what was written into it is
+        lost. Does nothing where there is no map, or the system has no such call.
+        """
+        stored = self.checkpoint.tensors[name]
+        pages = self._pages.get(stored.file)
+        if pages is None or not hasattr(mmap, "MADV_DONTNEED") or stored.begin == stored.end:
+            return
+        begin = stored.begin // mmap.PAGESIZE * mmap.PAGESIZE  # neighbours on shared pages are read again, too
+        pages.madvise(mmap.MADV_DONTNEED, begin, stored.end - begin)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self.checkpoint.tensors[name]
+        try:
+            dtype, shape = torch_dtype(stored.dtype), torch_shape(stored.dtype, stored.shape)
+        except MapError as problem:
+            found = problem.diagnostics[0]
+            raise bad_file(self._place(stored), f"tensor `{name}`: {found.message}", found.help, found.code) from None
+        if self._is_meta:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        if not self.checkpoint.has_data:
+            advice = "a listing holds names and shapes only: use meta(), or give the checkpoint itself"
+            raise bad_file(self._place(stored), f"tensor `{name}` has no data here", advice)
+        if stored.file.name.endswith(TORCH_SUFFIXES):
+            return self._from_torch_file(stored)
+        return self._from_map(stored, dtype, shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint.tensors)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.checkpoint.tensors
+
+    def _from_map(self, stored: StoredTensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        if stored.begin == stored.end:
+            return torch.empty(shape, dtype=dtype)
+        whole = self._map(stored)
+        if whole is None:
+            data = torch.frombuffer(bytearray(self._read(stored)), dtype=torch.uint8)
+        elif stored.begin % dtype.itemsize:
+            data = whole[stored.begin : stored.end].clone()  # wider elements must begin at a multiple of their size
+        else:
+            data = whole[stored.begin : stored.end]
+        return data.view(dtype).view(shape)
+
+    def _map(self, stored: StoredTensor) -> torch.Tensor | None:
+        """A whole file as bytes; None where the system grants no memory map of this size."""
+        if stored.file not in self._maps:
+            if sys.byteorder != "little":
+                raise bad_file(stored.file, "safetensors data are little-endian, this machine is not")
+            try:
+                pages = _map_file(stored)
+            except OSError as problem:
+                raise bad_file(stored.file, f"cannot map the file: {reason(problem)}") from problem
+            self._maps[stored.file] = None if pages is None else torch.frombuffer(pages, dtype=torch.uint8)
+            if pages is not None:
+                self._pages[stored.file] = pages
+        return self._maps[stored.file]
+
+    def _read(self, stored: StoredTensor) -> bytes:
+        try:
+            with stored.file.open("rb") as file:
+                file.seek(stored.begin)
+                return file.read(stored.end - stored.begin)
+        except OSError as problem:
+            raise bad_file(stored.file, f"cannot read tensor `{stored.name}`: {reason(problem)}") from problem
+
+    def _from_torch_file(self, stored: StoredTensor) -> torch.Tensor:
+        if stored.file not in self._loaded:
+            self._loaded[stored.file] = load_torch_file(stored.file)
+        tensor = self._loaded[stored.file].get(stored.name)
+        if tensor is None or dtype_name(tensor.dtype) != stored.dtype or stored_shape(tensor) != stored.shape:
+            raise bad_file(stored.file, f"tensor `{stored.name}` is not what the file held when it was opened")
+        return tensor
+
+    def _place(self, stored: StoredTensor) -> Path:
+        return stored.file if stored.file.name else self.checkpoint.path
+
+
+def _map_file(stored: StoredTensor) -> mmap.mmap | None:
+    """Map a tensor's file as a whole.
+
+    The pages are private and writable, since torch has no read-only tensors. Linux would count all of them as memory
+    that could be needed, and refuse a file larger than the machine's memory, but for MAP_NORESERVE.
+    """
+    with stored.file.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < stored.end:
+            raise bad_file(stored.file, f"tensor `{stored.name}` ends at byte {stored.end:,}, found {size:,}")
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        try:
+            return mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=protection)
+        except OSError as problem:
+            if problem.errno == errno.ENOMEM:  # strict accounting (vm.overcommit_memory=2), or a limit of the shell
+                return None
+            raise

@@ -1,0 +1,314 @@
+"""Writing a checkpoint: everything into a hidden folder beside the destination, which takes its name at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from mapdsl.checkpoint.checkpoint import Checkpoint
+from mapdsl.checkpoint.dtypes import DTYPE_NAMES, stored_shape, torch_dtype, torch_shape
+from mapdsl.checkpoint.files import bad_file, is_plain_name, leaves_folder, reason
+from mapdsl.checkpoint.headers import StoredTensor
+from mapdsl.checkpoint.layout import INDEX_FILE, MAX_SHARD_BYTES, Entry, FileLayout, index_text, plan_layout
+from mapdsl.checkpoint.rawbytes import buffer, strips
+
+_SHOWN = 5
+
+
+class CheckpointWriter:
+    """Writes a safetensors checkpoint, tensor by tensor in any order, from any thread.
+
+    Files, headers and sizes are fixed at the start: from `entries` (name, dtype in safetensors' spelling, stored shape)
+    shared out as `plan_layout` says, or from an explicit `layout`, whose headers are kept byte for byte. An index is
+    added where there are several files, unless `write_index` is off or the caller wrote it. All is written in `.NAME.partial-XXXXXXXX` beside `destination`; `commit()` makes it durable and renames it. `abort()`, leaving a
+    `with` block without a commit, and any failure of the file system remove it.
+
+    Raises a MapError: C507 where the destination exists, its folder does not, the disk is too full, or a layout is bad;
+    C506 for a tensor or a file given twice.
+    """
+
+    def __init__(
+        self,
+        destination: str | os.PathLike[str],
+        entries: Iterable[Entry] | None = None,
+        *,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        metadata: Mapping[str, str] | None = None,
+        single_file: bool = False,
+        layout: Sequence[FileLayout] | None = None,
+        write_index: bool = True,
+    ) -> None:
+        if (entries is None) == (layout is None):
+            raise ValueError("expected either entries or a layout")
+        if layout is None:
+            options = {"max_shard_bytes": max_shard_bytes, "metadata": metadata, "single_file": single_file}
+            layout = plan_layout(entries or (), **options)  # type: ignore[arg-type]
+        self.destination = Path(destination)
+        self.layout = tuple(layout)
+        self._write_index = write_index
+        self._places = _places(self.layout)
+        self._files = {file.name for file in self.layout}
+        self._started: set[str] = set()
+        self._written: set[str] = set()
+        self._lock = threading.Lock()
+        self._state = "open"
+        self._check_destination()
+        self._folder = self.destination.with_name(f".{self.destination.name[:100]}.partial-{secrets.token_hex(4)}")
+        try:
+            self._check_space()
+            with self._removing("make the files"):
+                os.mkdir(self._folder)
+                for file in self.layout:
+                    _allocate(self._folder / file.name, file)
+        except BaseException:  # an interrupt too leaves nothing behind
+            self.abort()
+            raise
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor to be written, in stored order."""
+        return list(self._places)
+
+    @property
+    def missing(self) -> list[str]:
+        """The tensors not yet written, in stored order."""
+        return [name for name in self._places if name not in self._written]
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor's bytes at its place.
+
+        Strided tensors and those on a device are copied in strips of 16 MiB, not whole. Raises a MapError: C501 for a
+        name that is not in the layout, C503 and C504 for another shape or dtype than its header's, C506 for a second
+        write, C507 where the disk fails (then the whole writer is aborted).
+        """
+        self._check_open()
+        stored = self._place(name)
+        self._check_fits(stored, tensor)
+        with self._lock:
+            if name in self._started:
+                raise bad_file(self._final(stored), f"tensor `{name}` is written a second time", code="C506")
+            self._started.add(name)
+        try:
+            with self._removing(f"write tensor `{name}`"):
+                _write_tensor(self._folder / stored.file, stored.begin, tensor)
+        except BaseException:
+            self._started.discard(name)
+            raise
+        self._written.add(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a written tensor back, into fresh memory; C501 for an unknown name, C502 before it was written."""
+        self._check_open()
+        stored = self._place(name)
+        if name not in self._written:
+            raise bad_file(self._final(stored), f"tensor `{name}` is not written yet", code="C502")
+        tensor = torch.empty(torch_shape(stored.dtype, stored.shape), dtype=torch_dtype(stored.dtype))
+        view, done = buffer(tensor), 0
+        with self._removing(f"read tensor `{name}`"), (self._folder / stored.file).open("rb", buffering=0) as file:
+            file.seek(stored.begin)
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise OSError(0, f"the file ends {len(view) - done:,} bytes early")
+                done += count
+        return tensor
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write another file; C507 for a name with a folder in it, C506 for one that was written."""
+        self._check_open()
+        self._take_name(name)
+        with self._removing(f"write {name}"), (self._folder / name).open("xb") as file:
+            file.write(data)
+
+    def new_file(self, name: str) -> Path:
+        """The path at which the caller makes another file himself, before `commit`; errors as `write_bytes`."""
+        self._check_open()
+        self._take_name(name)
+        return self._folder / name
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file, indented by two, in the order of `value`; errors as `write_bytes`."""
+        self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+    def carry_over(self, checkpoint: Checkpoint, files: Iterable[str] | None = None) -> None:
+        """Copy files that are not tensors, all of `checkpoint.other_files` or some; errors as `write_bytes`.
+
+        C507 for a name that is not among them, and for a link that leads out of the checkpoint's folder.
+        """
+        self._check_open()
+        for name in checkpoint.other_files if files is None else files:
+            source = checkpoint.folder / name
+            if name not in checkpoint.other_files or leaves_folder(source):
+                message = "the file is not carried over: it is no plain file of the checkpoint's folder"
+                raise bad_file(source, message, advice="copy it yourself if you trust it")
+            self._take_name(name)
+            with self._removing(f"copy {name}"):
+                shutil.copyfile(source, self._folder / name)
+
+    def commit(self) -> Path:
+        """Write the index if there are several files, flush all to disk, and give the folder its name.
+
+        Raises a MapError: C502 while tensors are missing (the writer stays open), C507 where the disk fails or the
+        destination has appeared meanwhile.
+        """
+        self._check_open()
+        if missing := self.missing:
+            shown = ", ".join(f"`{name}`" for name in missing[:_SHOWN]) + ", ..." * (len(missing) > _SHOWN)
+            message = f"{len(missing):,} of {len(self._places):,} tensors were never written: {shown}"
+            raise bad_file(
+                self.destination, message, code="C502", advice="write them, or leave them out of the entries"
+            )
+        if self._write_index and len(self.layout) > 1 and INDEX_FILE not in self._files:
+            self.write_bytes(INDEX_FILE, index_text(self.layout).encode("utf-8"))
+        self._check_destination()
+        with self._removing("finish the checkpoint"):
+            for name in self._files:
+                _flush(self._folder / name)
+            _flush_folder(self._folder)
+            os.rename(self._folder, self.destination)
+        self._state = "committed"
+        _flush_folder(self.destination.parent)
+        return self.destination
+
+    def abort(self) -> None:
+        """Remove what was written; does nothing after a commit."""
+        if self._state == "open":
+            self._state = "aborted"
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def _check_open(self) -> None:
+        if self._state != "open":
+            raise ValueError(f"the writer for {self.destination} is {self._state}")
+
+    def _check_destination(self) -> None:
+        if os.path.lexists(self.destination):
+            advice = "choose another destination, or remove this one first"
+            raise bad_file(self.destination, "the destination exists already; nothing is overwritten", advice)
+        parent = self.destination.parent
+        if not parent.is_dir():
+            raise bad_file(self.destination, f"its folder {parent} does not exist", advice="make it first")
+
+    def _check_space(self) -> None:
+        needed = sum(file.size for file in self.layout)
+        free = shutil.disk_usage(self.destination.parent).free
+        if needed > free:
+            raise bad_file(self.destination, f"the checkpoint needs {needed:,} bytes, the disk has {free:,} free")
+
+    def _check_fits(self, stored: StoredTensor, tensor: torch.Tensor) -> None:
+        """The tensor has data, and the dtype and shape that its header promises."""
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            found = "a meta tensor" if tensor.device.type == "meta" else str(tensor.layout)
+            raise bad_file(self._final(stored), f"tensor `{stored.name}` is {found}, expected dense data", code="C504")
+        dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+        if dtype != stored.dtype:
+            message = f"tensor `{stored.name}` is {dtype}, expected {stored.dtype}"
+            raise bad_file(self._final(stored), message, code="C504")
+        if stored_shape(tensor) != stored.shape:
+            message = f"tensor `{stored.name}` has shape {list(stored_shape(tensor))}, expected {list(stored.shape)}"
+            raise bad_file(self._final(stored), message, code="C503")
+
+    def _place(self, name: str) -> StoredTensor:
+        if name not in self._places:
+            raise bad_file(self.destination, f"tensor `{name}` is not among those to be written", code="C501")
+        return self._places[name]
+
+    def _final(self, stored: StoredTensor) -> Path:
+        return self.destination / stored.file
+
+    def _take_name(self, name: str) -> None:
+        if not is_plain_name(name):
+            raise bad_file(self.destination, f"{name!r} is no plain file name", advice="no folders, no `..`")
+        with self._lock:
+            if name in self._files:
+                raise bad_file(self.destination / name, "the file is written a second time", code="C506")
+            self._files.add(name)
+
+    @contextlib.contextmanager
+    def _removing(self, task: str) -> Iterator[None]:
+        """Turns a failure of the file system into an error that says what to do, and leaves nothing behind."""
+        try:
+            yield
+        except OSError as problem:
+            self.abort()
+            message = f"cannot {task}: {reason(problem)}"
+            advice = "nothing is left of it; free space, or choose another destination"
+            raise bad_file(self.destination, message, advice) from problem
+
+
+def _places(layout: Sequence[FileLayout]) -> dict[str, StoredTensor]:
+    """Every tensor's place; refuses names that leave the folder, and tensors or files that come twice."""
+    places: dict[str, StoredTensor] = {}
+    names: set[str] = set()
+    for file in layout:
+        if not is_plain_name(file.name):
+            raise bad_file(file.name, "a file of the layout has no plain name", advice="no folders, no `..`")
+        if file.name in names:
+            raise bad_file(file.name, "the layout has this file twice", code="C506")
+        names.add(file.name)
+        for tensor in file.tensors:
+            if tensor.name in places:
+                raise bad_file(file.name, f"tensor `{tensor.name}` is in {places[tensor.name].file} too", code="C506")
+            places[tensor.name] = tensor
+    return places
+
+
+def _allocate(path: Path, file: FileLayout) -> None:
+    """Make a file of its final size, so that a full disk is found before the work is done, and write its header."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, file.size)
+        else:
+            os.ftruncate(descriptor, file.size)
+        _write_all(descriptor, memoryview(file.header), 0)
+    finally:
+        os.close(descriptor)
+
+
+def _write_tensor(path: Path, offset: int, tensor: torch.Tensor) -> None:
+    if not tensor.nbytes:
+        return
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        for strip in strips(tensor):
+            _write_all(descriptor, buffer(strip), offset)
+            offset += strip.nbytes
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(path: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
+        _flush(path)

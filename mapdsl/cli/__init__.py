@@ -1,0 +1,1 @@
+"""The `mapdsl` command: one file a subcommand, each importing what it needs when it runs."""

@@ -1,0 +1,238 @@
+"""Everything that is proved of a map without a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mapdsl.compiler import ir
+from mapdsl.compiler.codecs import AnyCodec, CodecError, parse_codec
+from mapdsl.compiler.collide import PRIME, Collisions, codec_key, entries, indices_of, scope_of, witness
+from mapdsl.compiler.examples import check_examples
+from mapdsl.compiler.formula import Scope, decide, rename
+from mapdsl.compiler.laws import check_laws
+from mapdsl.compiler.lint import lint
+from mapdsl.compiler.names import Pattern, TemplateError, number_holes, patterns, unify
+from mapdsl.compiler.resolve import resolve
+from mapdsl.compiler.shapes import Layout, ShapeError, layout, name_axes
+from mapdsl.compiler.solvable import check_sizes
+from mapdsl.language import tree
+from mapdsl.language.diagnostics import Diagnostic, MapError, has_errors, ordered
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A map that holds: `layouts` has one entry a rule, `codecs` the parsed codecs by `codec_key`.
+
+    `diagnostics` are warnings and lints.
+    """
+
+    map: ir.Map
+    layouts: tuple[Layout, ...]
+    codecs: dict[str, AnyCodec]
+    scope: Scope = field(repr=False)
+    diagnostics: list[Diagnostic]
+
+
+def check(file: tree.File) -> Checked:
+    """The checked map of a file; MapError with every error found."""
+    resolved, found = resolve(file)
+    return _Checker(resolved, found).run()
+
+
+class _Checker:
+    def __init__(self, resolved: ir.Map, found: list[Diagnostic]) -> None:
+        self.map = resolved
+        self.found = found
+        self.scope = scope_of(resolved)
+
+    def run(self) -> Checked:
+        codecs = self._codecs()
+        self._stop_at_errors()
+        layouts = self._rules()
+        self._templates()
+        self._stop_at_errors()
+        left, right = (entries(self.map, codecs, side) for side in ("left", "right"))
+        self.found += Collisions(self.map, self.scope, "K201", "read").run(left)
+        self.found += Collisions(self.map, self.scope, "K202", "write").run(right)
+        self._accepts(left)
+        self.found += check_examples(self.map, self.scope, left, right)
+        self.found += check_laws(self.map, layouts)
+        self.found += lint(self.map)
+        self._stop_at_errors()
+        return Checked(self.map, tuple(layouts), codecs, self.scope, ordered(self.found))
+
+    def _stop_at_errors(self) -> None:
+        if has_errors(self.found):
+            raise MapError(ordered(self.found))
+
+    # --- codecs ---
+
+    def _codecs(self) -> dict[str, AnyCodec]:
+        codecs: dict[str, AnyCodec] = {}
+        used = [codec for rule in self.map.rules for t in (*rule.left, *rule.right) for codec in t.codecs]
+        for spec in (*self.map.codecs.values(), *used):
+            if codec_key(spec) in codecs:
+                continue
+            try:
+                codecs[codec_key(spec)] = parse_codec(spec)
+            except CodecError as err:
+                spans = (err.span,) if err.span else ()
+                self.found.append(Diagnostic(err.code, err.message, spans, help=err.help))
+        if not has_errors(self.found):
+            self._look_alikes(codecs)
+        return codecs
+
+    def _look_alikes(self, codecs: dict[str, AnyCodec]) -> None:
+        """Alternatives are told apart by the payload's dtype and the companions' names."""
+        for rule in self.map.rules:
+            for tensor in (*rule.left, *rule.right):
+                looks: dict[object, str] = {}
+                for spec in tensor.codecs:
+                    codec = codecs[codec_key(spec)]
+                    dtypes = getattr(codec, "payload_dtypes", getattr(codec, "dtypes", ()))
+                    look = (dtypes, codec.companions, getattr(codec, "payload", "{key}"))
+                    if look in looks:
+                        message = f"`{looks[look]}` and `{spec.name}` look the same in a checkpoint"
+                        self.found.append(Diagnostic("D407", message, (tensor.span,)))
+                    looks[look] = spec.name
+
+    # --- single rules ---
+
+    def _rules(self) -> list[Layout]:
+        layouts = []
+        for rule in self.map.rules:
+            try:
+                found = layout(rule, self.map.indices)
+            except ShapeError as err:
+                self.found.append(Diagnostic(err.code, err.message, (err.span,), help=err.help))
+                continue
+            layouts.append(found)
+            self.found += check_sizes(rule, found, self.map)
+            self._guard(rule, found)
+            self._wildcards(rule)
+            self._open_ranges(rule)
+        return layouts
+
+    def _guard(self, rule: ir.Rule, found: Layout) -> None:
+        """K210: a guard chooses whole matches, so it cannot speak of an axis that a match absorbs. K208: never true."""
+        if rule.guard is None:
+            return
+        absorbed = [n for n in ir.names_in(rule.guard) if n in self.map.indices and n not in found.matched]
+        if absorbed:
+            hint = "a guard speaks of indices that stand in the names of both sides"
+            message = f"the guard mentions `{absorbed[0]}`, which the rule moves into a shape"
+            self.found.append(Diagnostic("K210", message, (rule.guard.span,), help=hint))
+            return
+        used = [axis for axis in found.matched if axis in self.map.indices]
+        verdict = decide(self.scope, [rule.guard], used)
+        if verdict.status == "closed":
+            self.found.append(Diagnostic("K208", "this guard holds for no config", (rule.guard.span,)))
+
+    def _wildcards(self, rule: ir.Rule) -> None:
+        sides = [[{a for a in name_axes(t.template, {}) if a[0] == "{"} for t in side] for side in rule.sides]
+        wild = [names for side in sides for names in side]
+        many = any(p.many for s in rule.sides for t in s for p in ir.holes(t.template, tree.WildcardHole))  # type: ignore
+        if many and not rule.is_else:
+            hint = "end the rule in `else`: it carries the names that no other rule names"
+            self.found.append(Diagnostic("K207", "a rule with `{..}` ends in `else`", (rule.span,), help=hint))
+        elif rule.is_else and not many:
+            self.found.append(Diagnostic("K207", "`else` belongs to a rule with `{..}`", (rule.span,)))
+        if any(names != wild[0] for names in wild):
+            message = "the wildcards of both sides are not the same"
+            self.found.append(Diagnostic("K207", message, (rule.span,), help="name them: `{n:..}` on both sides"))
+
+    def _open_ranges(self, rule: ir.Rule) -> None:
+        """An index without an upper bound names no finite set, so it may only be dropped."""
+        if rule.arrow != "<->" and not (rule.left and rule.right):
+            return
+        for side in rule.sides:
+            for tensor in side:
+                for name in name_axes(tensor.template, self.map.indices):
+                    index = self.map.indices.get(name)
+                    if index is not None and index.upper is None:
+                        message = f"`{name}` has no upper bound, so it may stand only in what is dropped"
+                        self.found.append(Diagnostic("N112", message, (tensor.span, index.span)))
+
+    # --- single templates ---
+
+    def _templates(self) -> None:
+        for rule in self.map.rules:
+            for side in rule.sides:
+                for tensor in side:
+                    self._template(tensor.template, rule.guard)
+        for accept in self.map.accepts:
+            for template in (accept.old, accept.new):
+                self._template(template, accept.guard)
+
+    def _template(self, template: tree.Template, guard: tree.Expr | None) -> None:
+        try:
+            found = patterns(template)
+        except TemplateError as err:
+            self.found.append(Diagnostic(err.code, err.message, (err.span,)))
+            return
+        if found and any(not _is_plain(hole.value, self.map) for hole in number_holes(found[0])):
+            self._injective(found[0], template, guard)
+
+    def _injective(self, pattern: Pattern, template: tree.Template, guard: tree.Expr | None) -> None:
+        """K205: two values of an index must not spell one name, and no hole may be negative."""
+        holes = list(number_holes(pattern))
+        for hole in holes:
+            facts = [tree.Operation("<", (hole.value, tree.Number(0, span=hole.span)), span=hole.span)]
+            verdict = decide(self.scope, facts + ([guard] if guard else []), indices_of(pattern, self.map))
+            if verdict.status == "open":
+                shown = ", ".join(f"{name} = {value}" for name, value in verdict.witness)
+                self.found.append(Diagnostic("K205", "this hole can be negative", (hole.span,), witness=shown))
+                return
+        used = indices_of(pattern, self.map)
+        primed = {name: name + PRIME for name in used}
+        facts = [tree.Operation("==", (h.value, rename(h.value, primed)), span=h.span) for h in holes]
+        differ = [
+            tree.Operation(
+                "!=", (tree.Name(n, span=template.span), tree.Name(primed[n], span=template.span)), span=template.span
+            )
+            for n in used
+        ]
+        facts.append(differ[0] if len(differ) == 1 else tree.Operation("or", tuple(differ), span=template.span))
+        verdict = decide(self.scope, facts, [*used, *primed.values()])
+        if verdict.status == "open":
+            message = "two values of the indices spell the same name"
+            self.found.append(Diagnostic("K205", message, (template.span,), witness=witness(verdict, pattern)))
+        elif verdict.status == "unknown":
+            message = f"do two values of the indices spell the same name? {verdict.tried}"
+            self.found.append(Diagnostic("K290", message, (template.span,)))
+
+    # --- accept ---
+
+    def _accepts(self, left: list) -> None:  # type: ignore[type-arg]
+        collisions = Collisions(self.map, self.scope, "K201", "read")
+        done: list[tuple[ir.Accept, Pattern]] = []
+        for accept in self.map.accepts:
+            for old in patterns(accept.old):
+                clash = [(e.pattern, e.guard, e.span) for e in left if not e.is_else]
+                clash += [(p, a.guard, a.span) for a, p in done if a is not accept]
+                for pattern, guard, span in clash:
+                    equations = unify(old, pattern)
+                    if equations is None:
+                        continue
+                    verdict = collisions.meet(accept.guard, guard, equations, old, pattern)
+                    if verdict.status == "open":
+                        message = "an accepted spelling is read by another rule too"
+                        note = witness(verdict, old)
+                        self.found.append(Diagnostic("K201", message, (accept.span, span), witness=note))
+                        break
+                done.append((accept, old))
+            news = patterns(accept.new)
+            if not any(unify(new, e.pattern) is not None for new in news for e in left):
+                self.found.append(Diagnostic("K213", "no rule reads the name that this stands for", (accept.new.span,)))
+
+
+def _is_plain(value: tree.Expr, resolved: ir.Map) -> bool:
+    """Whether a hole is an index alone, or plus a constant or a param: always injective and never negative."""
+    match value:
+        case tree.Name():
+            return True
+        case tree.Operation(operator="+", operands=(one, other)):
+            indices = [n for n in ir.names_in(value) if n in resolved.indices]
+            simple = (tree.Name, tree.Number)
+            return isinstance(one, simple) and isinstance(other, simple) and len(indices) == 1
+    return False

@@ -1,0 +1,119 @@
+"""Grades: what a rule promises for a round trip, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mapdsl.compiler import ir
+from mapdsl.compiler.shapes import Layout
+from mapdsl.language import tree
+from mapdsl.language.diagnostics import Diagnostic
+
+# From the strongest promise to none.
+GRADES = ("bit", "bit, guarded", "value", "lossy", "none")
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A promise and, below `bit`, its reason."""
+
+    grade: str
+    reason: str = ""
+
+    @property
+    def rank(self) -> int:
+        """0 for `bit`, growing as promises weaken."""
+        return GRADES.index(self.grade)
+
+
+BIT = Grade("bit")
+
+
+@dataclass(frozen=True)
+class RuleLaw:
+    """Grades of one rule; None where the first side of the trip has no tensor.
+
+    `left` is left -> right -> left with the complement, `left_bare` without it, `right` is right -> left -> right.
+    """
+
+    rule: ir.Rule
+    left: Grade | None
+    left_bare: Grade | None
+    right: Grade | None
+
+
+def meet(grades: Sequence[Grade | None]) -> Grade:
+    """The weakest of some grades."""
+    return max((g for g in grades if g is not None), key=lambda g: g.rank, default=BIT)
+
+
+def rule_law(rule: ir.Rule, layout: Layout) -> RuleLaw:
+    """The grades of a rule."""
+    if not rule.right:
+        return RuleLaw(rule, _one_sided(rule, "->"), _one_sided(rule, "->"), None)
+    if not rule.left:
+        return RuleLaw(rule, None, None, _one_sided(rule, "<-"))
+    guarded = [Grade("bit, guarded", f"copies of {', '.join(sorted(layout.repeated))} are compared")]
+    common = guarded if layout.repeated else [BIT]
+    left = [*common, *(_decoded(c, True) for t in rule.left for c in t.codecs)]
+    bare = [*common, *(_decoded(c, False) for t in rule.left for c in t.codecs)]
+    right = [*common, *(_encoded(c) for t in rule.left for c in t.codecs)]
+    # A codec on the right encodes what is read; reading it again is the trip that its own complement serves.
+    left += [_encoded(c) for t in rule.right for c in t.codecs]
+    bare += [_encoded(c) for t in rule.right for c in t.codecs]
+    right += [_decoded(c, True) for t in rule.right for c in t.codecs]
+    return RuleLaw(rule, meet(left), meet(bare), meet(right))
+
+
+def _one_sided(rule: ir.Rule, drops: str) -> Grade:
+    if rule.arrow == drops:
+        return Grade("none", "dropped")
+    value = rule.value
+    if value is None or not value.compared:
+        return Grade("lossy", "made anew, not compared")
+    what = "tied" if isinstance(value.content, tree.Template) else "constant"
+    return Grade("bit, guarded", f"{what}, compared")
+
+
+def _decoded(codec: ir.CodecSpec, with_complement: bool) -> Grade:
+    """Decode, then encode."""
+    if codec.kind == "raw":
+        return BIT
+    if codec.kind == "cast":
+        # To bf16 or f32 and back: a dtype that both hold exactly comes back.
+        return BIT if codec.name == "bf16" else Grade("lossy", f"{codec.name} to a narrower dtype")
+    if with_complement:
+        return BIT
+    return Grade("lossy", f"{codec.name}: scales are found anew" if codec.kind == "block_scaled" else codec.name)
+
+
+def _encoded(codec: ir.CodecSpec) -> Grade:
+    """Encode, then decode."""
+    if codec.kind == "raw":
+        return BIT
+    if codec.kind == "cast" and codec.name == "f32":
+        return BIT
+    return Grade("lossy", f"rounded to {codec.name}")
+
+
+def check_laws(resolved: ir.Map, layouts: Sequence[Layout]) -> list[Diagnostic]:
+    """D404 for every pinned law that is stronger than what the rules promise."""
+    found: list[Diagnostic] = []
+    laws = [rule_law(rule, layout) for rule, layout in zip(resolved.rules, layouts, strict=True)]
+    sides = (resolved.left, resolved.right)
+    for law in resolved.laws:
+        if law.path not in ((sides[0], sides[1], sides[0]), (sides[1], sides[0], sides[1])):
+            message = f"a law goes `{sides[0]} -> {sides[1]} -> {sides[0]}`, or the other way"
+            found.append(Diagnostic("N111", message, (law.span,)))
+            continue
+        if law.grade not in GRADES:
+            message = f"no grade `{law.grade}`; grades are {'; '.join(GRADES)}"
+            found.append(Diagnostic("N111", message, (law.span,)))
+            continue
+        for rule in laws:
+            grade = rule.left if law.path[0] == sides[0] else rule.right
+            if grade is not None and grade.rank > GRADES.index(law.grade):
+                message = f"this rule promises `{grade.grade}` ({grade.reason}), the law pins `{law.grade}`"
+                found.append(Diagnostic("D404", message, (law.span, rule.rule.span)))
+    return found

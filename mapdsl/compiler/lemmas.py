@@ -1,0 +1,93 @@
+"""Laws of uninterpreted functions, stated only where a model breaks them: there are too many to state them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+from mapdsl.compiler.arithmetic import Budget, Linear, at_least, equal
+from mapdsl.compiler.logic import Application, Conjunction, Disjunction, Formula, Scope
+
+
+def violated_law(
+    scope: Scope, applications: Sequence[Application], model: Mapping[str, int], budget: Budget
+) -> Formula | None:
+    """A law that these applications break under the model, or None."""
+    distinct = scope.distinct_fields()
+    by_function: dict[tuple[str, ...], list[Application]] = {}
+    for application in dict.fromkeys(applications):
+        by_function.setdefault(application.function, []).append(application)
+    for function, group in by_function.items():
+        for first, second in combinations(group, 2):
+            budget.spend(1)
+            law = _congruence(first, second, model)
+            if law is None and function[0] == "*":
+                law = _monotone_product(first, second, model)
+            if law is None and function[0] == "positions":
+                law = _increasing(first, second, model)
+            if law is None and function[0] == "list" and function[1] in distinct:
+                law = _distinct(first, second, model)
+            if law is not None:
+                return law
+    return None
+
+
+def _congruence(first: Application, second: Application, model: Mapping[str, int]) -> Formula | None:
+    """Equal arguments give equal values."""
+    pairs = list(zip(first.arguments, second.arguments, strict=True))
+    if model.get(first.value, 0) == model.get(second.value, 0):
+        return None
+    if any(a.value(model) != b.value(model) for a, b in pairs):
+        return None
+    same = Conjunction((*(equal(a, b) for a, b in pairs), equal(_value(first), _value(second))))
+    differs = [side for a, b in pairs for side in _apart(a, b)]
+    return Disjunction((same, *differs))
+
+
+def _distinct(first: Application, second: Application, model: Mapping[str, int]) -> Formula | None:
+    """Different positions hold different values."""
+    (a,), (b,) = first.arguments, second.arguments
+    if a.value(model) == b.value(model) or model.get(first.value, 0) != model.get(second.value, 0):
+        return None
+    return Disjunction((equal(a, b), *_apart(_value(first), _value(second))))
+
+
+def _increasing(first: Application, second: Application, model: Mapping[str, int]) -> Formula | None:
+    """Later positions hold greater values."""
+    (a,), (b,) = first.arguments, second.arguments
+    x, y = _value(first), _value(second)
+    apart, grows = b.value(model) - a.value(model), y.value(model) - x.value(model)
+    if not apart or apart * grows > 0:
+        return None
+    above = Conjunction((at_least(a, b + 1), at_least(x, y + 1)))
+    below = Conjunction((at_least(b, a + 1), at_least(y, x + 1)))
+    return Disjunction((equal(a, b), above, below))
+
+
+def _monotone_product(first: Application, second: Application, model: Mapping[str, int]) -> Formula | None:
+    """`P*a >= P*b + P` where `a > b` and `P >= 0`: what makes `{P*o+s}` with `s < P` injective."""
+    x, y = _value(first), _value(second)
+    for factor, a, b in _shared_factor(first, second):
+        size = factor.value(model)
+        more, less = (x, y) if a.value(model) > b.value(model) else (y, x)
+        if a.value(model) == b.value(model) or size < 0 or more.value(model) >= less.value(model) + size:
+            continue
+        above = Conjunction((at_least(a, b + 1), at_least(x, y + factor)))
+        below = Conjunction((at_least(b, a + 1), at_least(y, x + factor)))
+        return Disjunction((equal(a, b), above, below, at_least(-factor, 1)))
+    return None
+
+
+def _shared_factor(first: Application, second: Application) -> Iterator[tuple[Linear, Linear, Linear]]:
+    for here in (0, 1):
+        for there in (0, 1):
+            if first.arguments[here] == second.arguments[there]:
+                yield first.arguments[here], first.arguments[1 - here], second.arguments[1 - there]
+
+
+def _value(application: Application) -> Linear:
+    return Linear.variable(application.value)
+
+
+def _apart(a: Linear, b: Linear) -> tuple[Formula, Formula]:
+    return at_least(a, b + 1), at_least(b, a + 1)

@@ -1,0 +1,1 @@
+"""From a checked map to files: the adapter, its tests."""

@@ -1,0 +1,1 @@
+"""The language: source, syntax, tree, diagnostics, formatter."""

@@ -1,0 +1,1 @@
+"""What compiled adapters run on: torch and nothing else of mapdsl."""

@@ -1,0 +1,104 @@
+"""Number formats as bits: names of dtypes, and casts that keep every NaN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPE_BY_NAME: dict[str, torch.dtype] = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "f8e4m3": torch.float8_e4m3fn,
+    "f8e5m2": torch.float8_e5m2,
+    "f8e8m0": torch.float8_e8m0fnu,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+}
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_INTEGER_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Explicit mantissa bits of the IEEE-like formats, which have a sign bit first and NaNs at the highest exponent.
+_MANTISSA_BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The language's word for a dtype: `bf16`, `f8e4m3`; torch's own where the language has none."""
+    words = {found: word for word, found in DTYPE_BY_NAME.items()}
+    return words.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def integer_dtype(itemsize: int) -> torch.dtype:
+    """The integer dtype of 1, 2, 4 or 8 bytes that stands for a value's bits."""
+    return _INTEGER_BY_SIZE[itemsize]
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """The same memory seen as integers of the same width, so that `==` compares bits (-0.0, NaN payloads)."""
+    return tensor.view(_INTEGER_BY_SIZE[tensor.element_size()])
+
+
+def bits_differ(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of one dtype and shape differ in any bit; eight times faster than asking `!=` for `any`."""
+    return bool((as_bits(left) ^ as_bits(right)).view(torch.uint8).max()) if left.numel() else False
+
+
+def quiet_nan_bits(dtype: torch.dtype) -> tuple[int, int]:
+    """The bits of the plain quiet NaN of a float dtype, positive and negative, as signed integers."""
+    width, mantissa = dtype.itemsize * 8, _MANTISSA_BITS[dtype]
+    positive = ((1 << (width - mantissa)) - 1) << (mantissa - 1)
+    return positive, positive - (1 << (width - 1))
+
+
+def holds_nan(tensor: Tensor) -> bool:
+    """Whether a float tensor holds a NaN: its bits without the sign exceed infinity's."""
+    if tensor.is_meta or not tensor.numel():
+        return False
+    width, mantissa = tensor.element_size() * 8, _MANTISSA_BITS[tensor.dtype]
+    infinity = ((1 << (width - 1 - mantissa)) - 1) << mantissa
+    return bool((as_bits(tensor) & ((1 << (width - 1)) - 1)).max() > infinity)
+
+
+def exact_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round f32, bf16 or f16 to nearest even; of NaNs a wider dtype keeps sign and payload, a narrower one their top.
+
+    torch's own casts turn every NaN into one (bf16) or quieten it (f16), differently in vectors and in tails.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if holds_nan(tensor):
+        nan = tensor.isnan()
+        as_bits(result)[nan] = _nan_bits(tensor[nan], dtype)
+    return result
+
+
+def _nan_bits(nans: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bits, in `dtype`, of the NaNs of a one-dimensional tensor."""
+    kept = _MANTISSA_BITS[nans.dtype]
+    wanted, width = _MANTISSA_BITS[dtype], dtype.itemsize * 8
+    payload = as_bits(nans).long() & ((1 << kept) - 1)
+    payload = payload << (wanted - kept) if wanted >= kept else payload >> (kept - wanted)
+    # A payload that lived in the lost bits alone would read as infinity.
+    payload = torch.where(payload == 0, 1 << (wanted - 1), payload)
+    exponent = ((1 << (width - 1 - wanted)) - 1) << wanted
+    # -2**(width - 1) is the sign bit, as the signed integer of that width.
+    signed = torch.where(nans.signbit(), -(1 << (width - 1)), 0)
+    return (payload + exponent + signed).to(_INTEGER_BY_SIZE[dtype.itemsize])
+
+
+def round_product(values: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values * factors` in float32, rounded to `dtype`; a NaN product is the plain one with the sign of the value.
+
+    The sign says nothing, but it is the same on every device, so that codes of either sign come back.
+    """
+    product = values * factors
+    result = product.to(dtype)
+    if holds_nan(product):
+        nan = product.isnan()
+        positive, negative = quiet_nan_bits(dtype)
+        signs = torch.where(values.signbit().expand_as(nan), negative, positive)
+        as_bits(result)[nan] = signs[nan].to(integer_dtype(dtype.itemsize))
+    return result

@@ -1,0 +1,41 @@
+"""The complement: what decoding would lose, kept so that writing gives the stored bytes back."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+
+from mapdsl.runtime.codecs.base import Codec
+from mapdsl.runtime.codecs.kept import Kept
+
+
+class Raw:
+    """The alternative of a tensor that is stored as it is."""
+
+    name = "raw"
+
+
+RAW = Raw()
+Alternatives = tuple["Codec | Raw", ...]
+
+
+@dataclass
+class Complement:
+    """What reading found, by stored name: the alternative, and what its codec keeps (None for a raw tensor).
+
+    `found` also holds the answers of `has(...)` by param. After writing, `edited` counts by stored name the blocks whose
+    value had changed, so that they were encoded anew. `spelled` holds the legacy spellings that were read, by the names
+    that they were read as. A caller may put a mapping of its own in the place of `entries`, one that keeps them on disk.
+    """
+
+    entries: MutableMapping[str, tuple[str, Kept | None]] = field(default_factory=dict)
+    found: dict[str, bool] = field(default_factory=dict)
+    spelled: dict[str, str] = field(default_factory=dict)
+    edited: dict[str, int] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forget everything: a new checkpoint is read."""
+        self.entries.clear()
+        self.found.clear()
+        self.spelled.clear()
+        self.edited.clear()
