@@ -101,6 +101,7 @@ def test_gallery_nemo_row_shards_take_scales_of_other_rows() -> None:
     parts = fp8_parts(384, 128)
     parts[f"{KEY}_scale_inv"] = torch.tensor([[1.0], [2.0], [4.0]])
     whole = FP8.decode(KEY, parts, torch.float32)
+    assert torch.equal(whole, parts[KEY].float() * torch.tensor([1.0, 2.0, 4.0]).repeat_interleave(128)[:, None])
     shard = {KEY: parts[KEY][192:], f"{KEY}_scale_inv": parts[f"{KEY}_scale_inv"][1:]}
     sliced = nemo_v3().dequantize_from_fp8(*shard.values(), dtype=torch.float32)
     wrong = (sliced != whole[192:]).any(1)

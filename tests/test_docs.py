@@ -47,7 +47,7 @@ def test_maps_shown_are_checked(place: str, code: str, text: str) -> None:
 def test_commands_shown_give_the_output_shown(place: str, info: str, text: str, tmp_path: Path) -> None:
     """`$ command` lines run in one empty folder with the repository's `rules` beside; `...` stands for any text."""
     del info
-    for name in ("rules", "tests"):
+    for name in ("docs", "rules", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NO_COLOR": "1"}
     steps = re.split(r"^\$ ", text, flags=re.M)[1:]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mapdsl.language import tree
 from mapdsl.language.format import format_source
 from mapdsl.language.source import Source
-from mapdsl.language.syntax import parse
+from mapdsl.language.syntax import parse, read_source
 from mapdsl.language.unparse import (
     unparse_expression,
     unparse_file,
@@ -21,6 +21,7 @@ from mapdsl.language.unparse import (
     unparse_shape,
     unparse_template,
 )
+from mapdsl.resources import shipped_maps
 
 CASES = sorted((Path(__file__).parent / "cases" / "format").glob("*.case"))
 ACCEPTED = sorted((Path(__file__).parent / "cases" / "syntax" / "accepted").glob("*.case"))
@@ -56,6 +57,11 @@ def test_case(path: Path) -> None:
 @pytest.mark.parametrize("path", ACCEPTED, ids=lambda path: path.stem)
 def test_every_accepted_case_is_safe(path: Path) -> None:
     assert_safe(path.read_text(encoding="utf-8").partition("# output\n")[0])
+
+
+@pytest.mark.parametrize("path", shipped_maps().values(), ids=lambda path: path.stem)
+def test_every_shipped_map_is_safe(path: Path) -> None:
+    assert_safe(read_source(path).text)
 
 
 @settings(deadline=None, max_examples=100)

@@ -155,7 +155,12 @@ GRID = scope({"P": "parts", "Q": "rows"}, o="Q", o2="Q", s="P", s2="P")
         ["i // 4 == 2", "i < 8"],
         ["i // 3 * 3 + i % 3 != i"],
         ["(0 - i) % 3 < 0"],
-        ["i // 0 == 1"],
+        ["i // 0 == 0"],
+        ["i % (0 - 4) > 0"],
+        ["i % P < 0"],
+        ["size(tp) == 0"],
+        ["has('x') == 2"],
+        ["'a' < 3"],
         ["i % 2 == 0", "i % 3 == 1", "i % 6 == 5"],
         # lists
         ["compress_ratios[i] == 4", "compress_ratios[i2] != 4", "i == i2"],
@@ -213,12 +218,27 @@ def test_distinct_values_of_an_index_table():
     facts = ["table[a] == table[b]", "a != b"]
     assert ask(scope({"table": "table"}, distinct=("table",), **indices), *facts).status == "closed"
     assert ask(scope({"table": "table"}, **indices), *facts).witness == (
-        ("table[1]", 0),
         ("table[0]", 0),
+        ("table[1]", 0),
         ("len(table)", 2),
-        ("a", 1),
-        ("b", 0),
+        ("a", 0),
+        ("b", 1),
     )
+
+
+@pytest.mark.parametrize(
+    "facts", [["P * o + 5 >= P * o2", "o < o2", "P > 3"], ["P * o2 + 5 >= P * o", "o > o2", "P > 3"]]
+)
+def test_products_grow_on_both_sides(facts: list[str]):
+    assert dict(ask(GRID, *facts).witness)["P"] == 4
+
+
+def test_params_are_no_less_than_zero():
+    where = scope({"d": "x - 3"})
+    assert ask(where, "d < 0").status == "closed"
+    assert ask(where, "d != 5").model == {"x": 3, "d": 0}
+    assert ask(where, "x != 0", "x != 1", "n != 0").model == {"x": 2, "n": 1}
+    assert ask(where, "t != 0", "t != 1", "t != 2", "t == u", "u < 3").status == "closed"
 
 
 def test_empty_question_is_open():
@@ -235,19 +255,22 @@ def test_empty_question_is_open():
         (["L + k == i + 2"], {"L": 1, "M": 2, "i": 0, "k": 1}),
         (["tail == L + k"], {"L": 0, "M": 1, "k": 0, "tail": 0}),
         (["i == 3"], {"L": 4, "i": 3}),
-        (["compress_ratios[i] > 0", "compress_ratios[3] == 4"], {"compress_ratios[3]": 4, "L": 4, "i": 3}),
+        (
+            ["compress_ratios[i] > 0", "compress_ratios[3] == 4"],
+            {"compress_ratios[0]": 1, "compress_ratios[3]": 4, "L": 1, "i": 0},
+        ),
         (
             ["compress_ratios[i] > 0", "compress_ratios[i2] == 4", "i == i2"],
             {"compress_ratios[0]": 4, "L": 1, "i": 0, "i2": 0},
         ),
         (["layer_types[1] == 'full'"], {"layer_types[1]": "full"}),
-        (["layer_types[i] != 'full'", "i == 1"], {"layer_types[1]": 0, "L": 2, "i": 1}),
-        (["i in moe", "i2 not in moe"], {"moe": [1], "L": 2, "i": 1, "i2": 0}),
+        (["layer_types[i] != 'full'", "i == 1"], {"layer_types[1]": "other1", "L": 2, "i": 1}),
+        (["i in moe", "i2 not in moe"], {"moe": [0], "L": 2, "i": 0, "i2": 1}),
         (["full[a] == i", "i > 0"], {"full[0]": 1, "L": 2, "len(full)": 1, "a": 0, "i": 1}),
         (["tie", "has('x')"], {"tie": True, "has(x)": True}),
         (["M == 2"], {"M": 2}),
         (["tie == (i < 1)", "i == 1"], {"tie": False, "L": 2, "i": 1}),
-        (["flags[i]", "not flags[i2]"], {"flags[1]": True, "flags[0]": False, "L": 2, "i": 1, "i2": 0}),
+        (["flags[i]", "not flags[i2]"], {"flags[0]": True, "flags[1]": False, "L": 2, "i": 0, "i2": 1}),
         (["len(layer_types) == 7"], {"len(layer_types)": 7}),
         (["size(tp) > 1"], {"size(tp)": 2}),
         (["i % 4 == 3", "i % 3 == 1"], {"L": 8, "i": 7}),
@@ -255,6 +278,13 @@ def test_empty_question_is_open():
         (["i % P == 2", "i > 3"], {"P": 3, "L": 6, "i": 5}),
         (["P * L == 6", "P > 1", "L > 1"], {"P": 2, "L": 3}),
         (["i * i == 4"], {"L": 3, "i": 2}),
+        (["P * L == 15", "P > 1"], {"P": 3, "L": 5}),
+        (["(i - 3) * L < 0"], {"L": 1, "i": 0}),
+        (["i % (0 - 4) == 0 - 3"], {"L": 2, "i": 1}),
+        (["(compress_ratios[2] == 1 and i < 0) or tie"], {"tie": True}),
+        (["compress_ratios[i] == 4", "(compress_ratios[i2] == 5 and i < 0) or i2 == i"], {"compress_ratios[0]": 4}),
+        (["compress_ratios[i] == 1", "compress_ratios[i2] == 2", "i <= i2"], {"i": 0, "i2": 1}),
+        (["compress_ratios[i] == 1", "compress_ratios[i2] == 2", "i >= i2"], {"i": 1, "i2": 0}),
         (["i // P == 2", "P == 3"], {"P": 3, "L": 7, "i": 6}),
     ],
 )
@@ -278,13 +308,26 @@ def test_an_index_may_start_late():
     assert dict(ask(late, "A == 3", used=("i",)).witness) == {"A": 3, "B": 4, "i": 3}
 
 
-def test_model_holds_config_fields_and_absent_ones_are_left_out():
-    verdict = ask(scope({"x": "default(first, second, 5)"}), "x == 5")
-    assert verdict.model == {"x": 5}
-    assert ask(scope({"x": "default(first, second, 5)"}), "x == 4").model in (
-        {"x": 4, "first": 4},
-        {"x": 4, "second": 4},
+def test_model_leaves_absent_fields_out():
+    choice = scope({"x": "default(first, second, 5)"})
+    assert ask(choice, "x == 5", "first != 5").status == "closed"  # a field that a fact speaks of is present
+    assert ask(choice, "x == 4").model["x"] == 4
+    assert ask(scope({"x": "default(first, 5)"}), "x == 5", "x != 4").model["x"] == 5
+    assert ask(scope({"x": "default(first, 5)"}), "x == 5", "not has('y')").model in (
+        {"x": 5, "has(y)": False},
+        {"x": 5, "first": 5, "has(y)": False},
     )
+
+
+def test_the_next_option_counts_only_where_the_first_is_absent():
+    choice = scope({"x": "default(first, 5)", "y": "default(first, 6)"})
+    assert ask(choice, "x == 5", "y == 6").model == {"x": 5, "y": 6}
+    assert ask(choice, "x == 5", "y == 7").status == "closed"
+    assert ask(choice, "x != y", "x == 7").status == "closed"
+    assert ask(scope({"x": "default(xs, [4, 8])"}), "x[0] == 4", "x[1] == 8").status == "open"
+    assert ask(scope({"x": "default([4, 8], xs)"}), "x[0] == 5").status == "closed"
+    assert ask(scope({"x": "default(xs[1], 3)"}), "x == 3", "xs[1] == 4").status == "closed"
+    assert ask(scope({"x": "default(xs[1] * 0, 5)"}), "x == 5", "xs[0] == 4").model["xs"] == [4, None]
 
 
 def test_a_param_may_be_called_as_its_field():
@@ -355,3 +398,206 @@ def test_long_lists_are_no_witness():
 def test_verdicts_are_remembered():
     facts = [expr("i % 4 == 3"), expr("i > H")]
     assert decide(MAP, facts) is decide(MAP, list(facts))
+
+
+# --- random formulas against enumeration ---------------------------------------------------------------------------
+
+BOX = scope({"A": "a", "B": "default(b, 2)", "t": "default(flag, false)"}, i="A", j="1..4")
+SMALL = ["A < 4", "B < 4"]
+LISTS = [list(items) for n in range(4) for items in itertools.product((0, 2), repeat=n)]
+
+
+def configs(with_lists: bool) -> list[dict[str, Any]]:
+    """All values in the box that the random formulas are confined to."""
+    found = []
+    for a, b, flag in itertools.product(range(4), (None, 0, 1, 2, 3), (None, False, True)):
+        for xs in LISTS if with_lists else [[]]:
+            config = {"a": a, "b": b, "flag": flag, "xs": xs}
+            found.append(evaluate_params(BOX.params, config) | {"xs": xs})
+    return found
+
+
+def holds(facts: list[tree.Expr], values: dict[str, Any]) -> bool:
+    try:
+        return all(evaluate(fact, values) for fact in facts)
+    except EvaluationError:
+        return False
+
+
+def is_satisfied(facts: list[tree.Expr], with_lists: bool) -> bool:
+    return any(
+        holds(facts, {**config, "i": i, "j": j})
+        for config in configs(with_lists)
+        for i in range(config["A"])
+        for j in range(1, 4)
+    )
+
+
+def formulas(with_lists: bool, with_foreign: bool) -> st.SearchStrategy[str]:
+    names = st.sampled_from(["i", "j", "A", "B"])
+    number = st.integers(-1, 4).map(str)
+    factor = st.integers(2, 4)
+    terms = names | number | st.builds("({} + {})".format, names, number) | st.builds("({} - {})".format, names, names)
+    terms |= st.builds("({} * {})".format, st.integers(-3, 3), names)
+    terms |= st.builds("({} % {})".format, terms, factor) | st.builds("({} // {})".format, terms, factor)
+    if with_foreign:
+        terms |= st.builds("({} {} {})".format, names, st.sampled_from(["*", "%", "//"]), names)
+    if with_lists:
+        terms |= st.builds("xs[{}]".format, names) | st.just("len(xs)")
+    symbols = st.sampled_from(["==", "!=", "<", "<=", ">", ">="])
+    atoms = st.builds("{} {} {}".format, terms, symbols, terms) | st.sampled_from(["t", "true", "(i < j) == t"])
+    atoms |= st.builds("{} in [0, {}]".format, terms, factor)
+    return st.recursive(
+        atoms,
+        lambda inner: (
+            st.builds("({} and {})".format, inner, inner)
+            | st.builds("({} or {})".format, inner, inner)
+            | st.builds("(not {})".format, inner)
+        ),
+        max_leaves=5,
+    )
+
+
+def check_against_enumeration(texts: list[str], with_lists: bool) -> str:
+    status = ask(BOX, *texts, *SMALL, used=("i", "j")).status
+    satisfied = is_satisfied([expr(text) for text in texts], with_lists)
+    if status == "closed":
+        assert not satisfied
+    if status == "open" and not with_lists:
+        assert satisfied
+    return status
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.lists(formulas(with_lists=False, with_foreign=False), min_size=1, max_size=3))
+def test_linear_formulas_are_decided(texts: list[str]):
+    assert check_against_enumeration(texts, with_lists=False) in ("open", "closed")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(formulas(with_lists=False, with_foreign=True), min_size=1, max_size=3))
+def test_closed_is_a_proof_beyond_linear_arithmetic(texts: list[str]):
+    check_against_enumeration(texts, with_lists=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(formulas(with_lists=True, with_foreign=False), min_size=1, max_size=2))
+def test_closed_is_a_proof_for_lists(texts: list[str]):
+    check_against_enumeration(texts, with_lists=True)
+
+
+# --- values of expressions -----------------------------------------------------------------------------------------
+
+VALUES = {"n": 7, "t": True, "s": "a", "xs": [0, 4, None, 4], "x.y": 3, "null": None, "rate": 0.5, "has(w)": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("n + 2 * 3 - 1", 12),
+        ("n // 2 + n % 4", 6),
+        ("(0 - n) % 4", 1),
+        ("(0 - n) // 4", -2),
+        ("-n", -7),
+        ("n * 2 * 2", 28),
+        ("x.y", 3),
+        ("rate * 2", 1.0),
+        ("n == 7 and t", True),
+        ("n < 7 or not t", False),
+        ("t or missing", True),
+        ("s == 'a'", True),
+        ("s != 3", True),
+        ("s in ['b', 'a']", True),
+        ("n in xs", False),
+        ("xs[1]", 4),
+        ("xs[n - 6]", 4),
+        ("len(xs)", 4),
+        ("positions(xs, 4)", [1, 3]),
+        ("positions(xs, 4)[1]", 3),
+        ("[n, 2][0]", 7),
+        ("has('w')", True),
+        ("default(missing, null, n)", 7),
+        ("default(missing + 1, 5)", 5),
+        ("default(xs[2], 6)", 6),
+        ("default(n, missing)", 7),
+    ],
+)
+def test_values(text: str, value: Any):
+    found = evaluate(expr(text), VALUES)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("missing", "missing has no value"),
+        ("null", "null has no value"),
+        ("default(missing, null)", "null has no value"),
+        ("has('v')", "has(v) has no value"),
+        ("size(tp)", "size(tp) has no value"),
+        ("xs[2]", "xs[2] has no value"),
+        ("xs[4]", "xs has 4 elements, and no element 4"),
+        ("xs[-1]", "xs has 4 elements, and no element -1"),
+        ("xs[t]", "a position is an integer, not a boolean"),
+        ("default(xs[9], 1)", "xs has 4 elements, and no element 9"),
+        ("n // (n - 7)", "division by zero"),
+        ("n % 0", "division by zero"),
+        ("s + 1", "s is a string, where a number is needed"),
+        ("t * 2", "t is a boolean, where a number is needed"),
+        ("t < 2", "t is a boolean, where a number is needed"),
+        ("xs < 2", "xs is a list, where a number is needed"),
+        ("n and t", "n is an integer, where true or false is needed"),
+        ("not s", "s is a string, where true or false is needed"),
+        ("len(n)", "n is an integer, where a list is needed"),
+        ("n in s", "s is a string, where a list is needed"),
+        ("s[0]", "s is a string, where a list is needed"),
+        ("big * big", "big * big is absurdly large"),
+    ],
+)
+def test_errors(text: str, message: str):
+    with pytest.raises(EvaluationError) as caught:
+        evaluate(expr(text), {**VALUES, "big": 10**200})
+    assert caught.value.message == message
+    assert isinstance(caught.value, MissingValueError) == ("no value" in message)
+
+
+def test_an_error_points_at_the_expression():
+    with pytest.raises(EvaluationError) as caught:
+        evaluate(expr("n + xs[4]"), VALUES)
+    assert caught.value.expr == expr("xs[4]")
+
+
+def test_params_in_any_order():
+    params = {"c": expr("b + a"), "b": expr("default(x, 2)"), "a": expr("a"), "x": expr("y")}
+    assert evaluate_params(params, {"a": 1, "y": 5, "x": 9}) == {"c": 6, "b": 5, "a": 1, "x": 5}
+    assert evaluate_params(params, {"a": 1}, given={"x": 3, "c": 0}) == {"c": 0, "b": 3, "a": 1, "x": 3}
+
+
+def test_params_in_a_ring():
+    with pytest.raises(EvaluationError, match="params need each other: a, b"):
+        evaluate_params({"a": expr("b"), "b": expr("a + 1")}, {})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["i + 1", "(a + b) * (-c)", "not (a == b)", "x[i % 2]", "a ?? (b + 1)", "len(x)", 'positions(x, "v")', "[1, true]"],
+)
+def test_show(text: str):
+    python = text.replace("a ?? (b + 1)", "default(a, b + 1)")
+    assert show(expr(python)) == text
+
+
+def test_show_templates():
+    parts = (
+        tree.Text("layers.", span=HERE),
+        tree.NumberHole(expr("i + 1"), span=HERE),
+        tree.EnumHole("j", ("a", "b"), span=HERE),
+        tree.WildcardHole(None, many=True, span=HERE),
+    )
+    assert show(tree.Has(tree.Template(parts, span=HERE), span=HERE)) == "has(layers.{i + 1}{j:a|b}{..})"
+
+
+def test_rename():
+    renamed = rename(expr("i + k < x[i] and not has('i')"), {"i": "i2", "k": "i"})
+    assert renamed == expr("i2 + i < x[i2] and not has('i')")
+    assert names_in(renamed) == {"i", "i2", "x"}

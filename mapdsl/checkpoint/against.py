@@ -6,6 +6,7 @@ Findings of one kind on one rule are told together: a wrong rule is wrong in eve
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,17 +108,27 @@ class _Comparison:
 
     def _accept(self, accept: ir.Accept) -> None:
         pairs = list(zip(patterns(accept.old), patterns(accept.new), strict=False))
-        for name in list(self.left):
+        starts = tuple({start for old, _ in pairs for start in self._starts(old)})
+        for name in [name for name in self.left if name.startswith(starts)]:
             for old, new in pairs:
                 found = self._bound(old, name, accept.guard)
                 if found is not None:
                     values, texts = found
                     self._respell(name, _filled(new, values, texts), accept.span)
 
+    def _starts(self, pattern: Pattern) -> Iterator[str]:
+        """How the names of a pattern begin, up to its first wildcard: few of many names are looked at closely."""
+        indices = [n for hole in number_holes(pattern) for n in ir.names_in(hole.value) if n in self.map.indices]
+        segments = list(itertools.takewhile(lambda segment: not isinstance(segment, Wildcard), pattern.segments))
+        dot = "." if len(segments) < len(pattern.segments) else ""
+        for values in self.expansion.index_values(list(dict.fromkeys(indices))):
+            yield _filled(Pattern(tuple(segments), pattern.choice), values, {}) + dot if segments else ""
+
     def _respell(self, name: str, new: str, span: Span) -> None:
         if new in self.left:
             message = f"{name} is the legacy spelling of {new}, and both are stored"
             self._error("C506", message, span)
+            del self.left[name]  # told once: it is not unknown besides
             return
         self.left[new] = self.left.pop(name)
 

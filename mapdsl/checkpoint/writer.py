@@ -30,8 +30,10 @@ class CheckpointWriter:
 
     Files, headers and sizes are fixed at the start: from `entries` (name, dtype in safetensors' spelling, stored shape)
     shared out as `plan_layout` says, or from an explicit `layout`, whose headers are kept byte for byte. An index is
-    added where there are several files, unless `write_index` is off or the caller wrote it. All is written in `.NAME.partial-XXXXXXXX` beside `destination`; `commit()` makes it durable and renames it. `abort()`, leaving a
-    `with` block without a commit, and any failure of the file system remove it.
+    added where there are several files, unless `write_index` is off or the caller wrote it.
+
+    All is written in `.NAME.partial-XXXXXXXX` beside `destination`; `commit()` makes it durable and renames it.
+    `abort()`, leaving a `with` block without a commit, and any failure of the file system remove it.
 
     Raises a MapError: C507 where the destination exists, its folder does not, the disk is too full, or a layout is bad;
     C506 for a tensor or a file given twice.

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mapdsl.compiler import ir
-from mapdsl.compiler.codecs import AnyCodec, CodecError, parse_codec
-from mapdsl.compiler.collide import PRIME, Collisions, codec_key, entries, indices_of, scope_of, witness
+from mapdsl.compiler.codecs import AnyCodec, CodecError, codec_key, parse_codec
+from mapdsl.compiler.collide import PRIME, Collisions, entries, indices_of, scope_of, witness
 from mapdsl.compiler.examples import check_examples
 from mapdsl.compiler.formula import Scope, decide, rename
 from mapdsl.compiler.laws import check_laws
 from mapdsl.compiler.lint import lint
+from mapdsl.compiler.made import check_made
 from mapdsl.compiler.names import Pattern, TemplateError, number_holes, patterns, unify
 from mapdsl.compiler.resolve import resolve
 from mapdsl.compiler.shapes import Layout, ShapeError, layout, name_axes
-from mapdsl.compiler.solvable import check_sizes
+from mapdsl.compiler.solvable import check_fit, check_sizes
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic, MapError, has_errors, ordered
 
@@ -48,8 +49,12 @@ class _Checker:
     def run(self) -> Checked:
         codecs = self._codecs()
         self._stop_at_errors()
-        layouts = self._rules()
+        layouts = self._rules(codecs)
         self._templates()
+        self._meshes()
+        self._stop_at_errors()
+        for rule in self.map.rules:
+            self.found += check_made(rule, self.map)
         self._stop_at_errors()
         left, right = (entries(self.map, codecs, side) for side in ("left", "right"))
         self.found += Collisions(self.map, self.scope, "K201", "read").run(left)
@@ -98,7 +103,7 @@ class _Checker:
 
     # --- single rules ---
 
-    def _rules(self) -> list[Layout]:
+    def _rules(self, codecs: dict[str, AnyCodec]) -> list[Layout]:
         layouts = []
         for rule in self.map.rules:
             try:
@@ -108,6 +113,7 @@ class _Checker:
                 continue
             layouts.append(found)
             self.found += check_sizes(rule, found, self.map)
+            self.found += check_fit(rule, found, codecs)
             self._guard(rule, found)
             self._wildcards(rule)
             self._open_ranges(rule)
@@ -152,6 +158,16 @@ class _Checker:
                     if index is not None and index.upper is None:
                         message = f"`{name}` has no upper bound, so it may stand only in what is dropped"
                         self.found.append(Diagnostic("N112", message, (tensor.span, index.span)))
+
+    def _meshes(self) -> None:
+        """An axis is cut over one mesh dimension."""
+        seen: dict[str, tree.MeshAxis] = {}
+        for mesh in self.map.meshes:
+            for axis in mesh.axes:
+                if axis.name in seen:
+                    message = f"the axis `{axis.name}` is cut over two mesh dimensions"
+                    self.found.append(Diagnostic("P452", message, (axis.span, seen[axis.name].span)))
+                seen.setdefault(axis.name, axis)
 
     # --- single templates ---
 

@@ -147,8 +147,6 @@ def parse_codec(spec: ir.CodecSpec) -> AnyCodec:
         case "raw":
             return Codec(spec.name, "raw")
         case "cast":
-            if spec.name not in CASTS:
-                raise CodecError("D406", f"`{spec.name}` is no dtype to cast to; {', '.join(CASTS)} are", spec.span)
             return Codec(spec.name, "cast", (DTYPES[spec.name],))
         case "neg_exp":
             return Codec(spec.name, "neg_exp")
@@ -243,3 +241,8 @@ def fill(template: str, key: str) -> str:
     if not dot:
         template = template.replace("{stem}.", "{stem}")
     return template.replace("{stem}", stem).replace("{key}", key)
+
+
+def codec_key(spec: ir.CodecSpec) -> str:
+    """Codecs with arguments at their use are told apart by them."""
+    return f"{spec.name}({', '.join(str(a.value) for a in spec.arguments)})" if spec.kind == "add" else spec.name

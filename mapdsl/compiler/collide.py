@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mapdsl.compiler import ir
-from mapdsl.compiler.codecs import AnyCodec
+from mapdsl.compiler.codecs import AnyCodec, codec_key
 from mapdsl.compiler.formula import EvaluationError, Scope, Verdict, decide, evaluate, rename
 from mapdsl.compiler.names import Equality, Pattern, Segment, Wildcard, is_narrower, number_holes, patterns, unify
 from mapdsl.language import tree
@@ -60,11 +60,6 @@ def entries(resolved: ir.Map, codecs: dict[str, AnyCodec], side: str) -> list[En
                 for template, name in payloads.items():
                     found.append(Entry(number, place, companion(pattern, template), *common, name))
     return found
-
-
-def codec_key(spec: ir.CodecSpec) -> str:
-    """Codecs with arguments at their use are told apart by them."""
-    return f"{spec.name}({', '.join(str(a.value) for a in spec.arguments)})" if spec.kind == "add" else spec.name
 
 
 def companion(pattern: Pattern, template: str) -> Pattern:

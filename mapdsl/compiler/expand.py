@@ -9,8 +9,7 @@ from typing import Any
 
 from mapdsl.compiler import ir
 from mapdsl.compiler.check import Checked
-from mapdsl.compiler.codecs import AnyCodec
-from mapdsl.compiler.collide import codec_key
+from mapdsl.compiler.codecs import AnyCodec, codec_key
 from mapdsl.compiler.formula import EvaluationError, MissingValueError, evaluate, evaluate_params
 from mapdsl.compiler.shapes import name_axes
 from mapdsl.compiler.solvable import size_pattern
@@ -117,7 +116,7 @@ class Expansion:
         indices = [axis for axis in layout.matched if axis in self.map.indices]
         spelled = [axis for axis in layout.matched if axis in rule.enumerations]
         sizes = [range(rule.enumerations[axis].size) for axis in spelled]
-        for values in self._index_values(indices, dict(self.params)):
+        for values in self.index_values(indices):
             if rule.guard is None or self._holds(rule.guard, values):
                 for choice in itertools.product(*sizes):
                     yield Match(number, values, dict(zip(spelled, choice, strict=True)))
@@ -199,20 +198,22 @@ class Expansion:
     def _is_open(self, axis: str) -> bool:
         return axis in self.map.indices and self.map.indices[axis].upper is None
 
-    def _index_values(self, indices: list[str], values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def index_values(self, indices: list[str], values: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        """Every combination of values of some indices, with the params; a bound may use an index before it."""
+        values = dict(self.params) if values is None else values
         if not indices:
             yield values
             return
         first, *rest = indices
         lower, upper = self._bounds(first, values)
         for value in range(lower, upper):
-            yield from self._index_values(rest, {**values, first: value})
+            yield from self.index_values(rest, {**values, first: value})
 
     def _bounds(self, name: str, values: Mapping[str, Any]) -> tuple[int, int]:
         index = self.map.indices[name]
         bounds = []
         for bound in (index.lower, index.upper):
-            value = 0 if bound is None else self._evaluate(bound, values)
+            value = 0 if bound is None else self.evaluate(bound, values)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise MapError([Diagnostic("N118", f"a bound of `{name}` is {value!r}, not an integer", (index.span,))])
             bounds.append(value)
@@ -221,7 +222,8 @@ class Expansion:
             raise MapError([Diagnostic("C505", message, (index.span,))])
         return bounds[0], bounds[1]
 
-    def _evaluate(self, expr: tree.Expr, values: Mapping[str, Any]) -> Any:
+    def evaluate(self, expr: tree.Expr, values: Mapping[str, Any]) -> Any:
+        """The value of an expression under params and indices; MapError C505 where it has none."""
         try:
             return evaluate(expr, values)
         except EvaluationError as err:
@@ -229,7 +231,7 @@ class Expansion:
             raise MapError([Diagnostic("C505", str(err.message), (span,))]) from None
 
     def _holds(self, guard: tree.Expr, values: Mapping[str, Any]) -> bool:
-        return bool(self._evaluate(guard, values))
+        return bool(self.evaluate(guard, values))
 
     def _positions(
         self, axes: list[str], rule: ir.Rule, match: Match

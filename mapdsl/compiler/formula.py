@@ -152,7 +152,7 @@ class _Query:
                 stack.extend(reversed(branch.split()))
                 continue
             model = smallest_model(branch.constraints, order=self._order(), budget=self.budget)
-            law = violated_law(self.scope, branch.applications, model, self.budget)
+            law = violated_law(self.scope, self.symbols, branch.applications, model, self.budget)
             if law is None:
                 yield model
             else:
@@ -171,7 +171,6 @@ class _Branch:
         self.constraints: list[Constraint] = list(parent.constraints) if parent else []
         self.applications: list[Application] = list(parent.applications) if parent else []
         self.choices: dict[int, Disjunction] = dict(parent.choices) if parent else {}
-        self.taken: dict[int, Disjunction] = dict(parent.taken) if parent else {}
 
     def unfold(self) -> bool:
         """Sort what is pending into constraints and choices; False where a part of it is false as it stands."""
@@ -189,14 +188,13 @@ class _Branch:
                     self.pending.append(part)
                 case Disjunction() as choice:
                     # One object is one choice: a param's case split is met wherever the param is mentioned.
-                    if id(choice) not in self.taken:
-                        self.choices[id(choice)] = choice
+                    self.choices[id(choice)] = choice
         return True
 
     def split(self) -> list[_Branch]:
         """The branches that the smallest choice leads to."""
         choice = min(self.choices.values(), key=lambda choice: len(choice.parts))
-        self.taken[id(choice)] = self.choices.pop(id(choice))
+        del self.choices[id(choice)]
         return [_Branch((part,), self) for part in choice.parts]
 
 

@@ -1,4 +1,4 @@
-"""Laws of uninterpreted functions, stated only where a model breaks them: there are too many to state them all."""
+"""Laws of config fields and of uninterpreted functions, stated where a model breaks them: stating all is too much."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
 from mapdsl.compiler.arithmetic import Budget, Linear, at_least, equal
-from mapdsl.compiler.logic import Application, Conjunction, Disjunction, Formula, Scope
+from mapdsl.compiler.logic import FIRST_STRING, Application, Conjunction, Disjunction, Formula, Scope, Symbols
 
 
 def violated_law(
-    scope: Scope, applications: Sequence[Application], model: Mapping[str, int], budget: Budget
+    scope: Scope, symbols: Symbols, applications: Sequence[Application], model: Mapping[str, int], budget: Budget
 ) -> Formula | None:
-    """A law that these applications break under the model, or None."""
+    """A law that fields or these applications break under the model, or None."""
+    for (kind, _), name in symbols.variables.items():
+        if kind == "field" and FIRST_STRING < model.get(name, 0) < 0:
+            field = Linear.variable(name)
+            return Disjunction((at_least(field, 0), at_least(-field, -FIRST_STRING)))
     distinct = scope.distinct_fields()
     by_function: dict[tuple[str, ...], list[Application]] = {}
     for application in dict.fromkeys(applications):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from mapdsl.compiler import ir
@@ -13,8 +14,8 @@ MAX_COLUMNS = 120
 
 
 def lint(resolved: ir.Map) -> list[Diagnostic]:
-    """L701 unused, L706 long line, L707 look-alike."""
-    return [*_unused(resolved), *_long_lines(resolved), *_look_alikes(resolved)]
+    """L701 unused, L704 mergeable, L706 long line, L707 look-alike."""
+    return [*_unused(resolved), *_mergeable(resolved), *_long_lines(resolved), *_look_alikes(resolved)]
 
 
 def _unused(resolved: ir.Map) -> Iterator[Diagnostic]:
@@ -44,6 +45,32 @@ def _names_of(tensor: ir.Tensor) -> set[str]:
 
 def _template_names(template: tree.Template) -> set[str]:
     return {n for p in template.parts if isinstance(p, tree.NumberHole) for n in ir.names_in(p.value)}
+
+
+def _mergeable(resolved: ir.Map) -> Iterator[Diagnostic]:
+    """Two rules of one block that differ in one word, wherever it stands, are one rule with an enumeration."""
+    seen: dict[tuple[tuple[int, ...], tuple[str, ...]], tuple[Span, str]] = {}
+    lines = {rule.span.start: rule for rule in resolved.rules if rule.span.source is resolved.file.source}
+    for rule in lines.values():
+        words = re.findall(r"\w+|[^\w\s]", rule.span.text)
+        block = tuple(head.span.start for head in rule.heads)
+        # A number, a hole's name or a word of the language cannot become an enumeration.
+        for word in dict.fromkeys(word for word in _texts(rule) if word in words):
+            masked = tuple("" if w == word else w for w in words)
+            twin = seen.setdefault((block, masked), (rule.span, word))
+            if twin[1] != word:
+                hint = f"write `{{x:{twin[1]}|{word}}}`"
+                message = f"these lines differ in one word, `{twin[1]}` and `{word}`"
+                yield Diagnostic("L704", message, (rule.span, twin[0]), help=hint)
+                break
+
+
+def _texts(rule: ir.Rule) -> Iterator[str]:
+    """The words in the literal text of a rule's own names."""
+    for tensor in (*rule.left, *rule.right):
+        for part in tensor.template.parts:
+            if isinstance(part, tree.Text):
+                yield from re.findall(r"\w+", part.text)
 
 
 def _long_lines(resolved: ir.Map) -> Iterator[Diagnostic]:

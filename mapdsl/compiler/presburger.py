@@ -46,7 +46,8 @@ class Translator:
         self.budget = budget
         self.pins = pins
         self.applications: dict[Application, None] = {}
-        self._defaulted: set[str] = set()
+        self._defaulted: set[str] = set()  # fields that some `??` takes for absent
+        self._sparse: set[str] = set()  # lists of which it takes an element for absent
         self._params: dict[tuple[str, bool], Term] = {}
 
     # --- boolean expressions ---------------------------------------------------------------------------------------
@@ -164,12 +165,21 @@ class Translator:
 
     def _element_presence(self, expr: tree.Lookup, positive: bool) -> Formula:
         index, sides = self.term(expr.index, True)
-        there, application = self._apply(("present", self._list_name(expr.value)), (index,))
+        path = self._list_name(expr.value)
+        self._sparse.add(path)
+        there, application = self._apply(("present", path), (index,))
         return Conjunction((*sides, application, equal(there, int(positive))))
 
     def _use(self, path: str) -> tuple[Formula, ...]:
-        """A field that some `??` takes for absent is present where its value is used."""
+        """A field is present where its value is used. Those that no `??` asks for always are."""
         return (equal(self._variable("present", path), 1),) if path in self._defaulted else ()
+
+    def _element_use(self, path: str, index: Linear) -> tuple[Formula, ...]:
+        """The same for an element of a list."""
+        if path not in self._sparse:
+            return ()
+        there, application = self._apply(("present", path), (index,))
+        return application, equal(there, 1)
 
     # --- values ----------------------------------------------------------------------------------------------------
 
@@ -221,7 +231,8 @@ class Translator:
 
     def _param(self, definition: Expr, as_number: bool) -> Term:
         linear, sides = self.term(definition, as_number)
-        if as_number and not linear.is_constant and not isinstance(definition, tree.Name):
+        computed = isinstance(definition, tree.Operation) and definition.operator in _ARITHMETIC
+        if computed or (as_number and not isinstance(definition, (tree.Name, tree.Number))):
             sides = (*sides, at_least(linear, 0))
         return Term(linear, sides)
 
@@ -292,7 +303,8 @@ class Translator:
                 path = path.removeprefix(FIELD)
                 value, application = self._apply(("list", path), (index,))
                 length = self._variable("length", path)
-                return Term(value, (*self._use(path), *within(index, length), application))
+                uses = (*self._use(path), *self._element_use(path, index))
+                return Term(value, (*uses, *within(index, length), application))
             case tree.ListLiteral(items=elements):
                 cases: list[tuple[Formula, Term]] = [
                     (equal(index, position), self.term(element, as_number)) for position, element in enumerate(elements)

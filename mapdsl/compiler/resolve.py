@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from mapdsl.compiler import ir
+from mapdsl.compiler.codecs import CASTS
 from mapdsl.compiler.include import Scope, take_in
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic, MapError, has_errors
 from mapdsl.language.source import Span
 
 # Codecs that need no declaration: a cast to a dtype, a change of value, and "as it is".
-CASTS = ("f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool", "f8e4m3", "f8e5m2")
 BUILT_IN = {"raw": "raw", "add": "add", "neg_exp": "neg_exp", **dict.fromkeys(CASTS, "cast")}
 KINDS = ("block_scaled",)
 GENERATORS = ("inv_freq",)

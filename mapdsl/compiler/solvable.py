@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from mapdsl.compiler import ir
+from mapdsl.compiler.codecs import AnyCodec, BlockScaled, codec_key
 from mapdsl.compiler.shapes import Layout
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic
@@ -22,22 +23,24 @@ def check_sizes(rule: ir.Rule, layout: Layout, resolved: ir.Map) -> list[Diagnos
                 message = f"the size of `{axis}` does not follow from the `{name}` tensors"
                 hint = f"declare it: `param {axis} = ...`, or give it a dimension of its own"
                 found.append(Diagnostic("X304", message, (rule.span,), help=hint))
-    if rule.value is not None and isinstance(rule.value.content, tree.Number) and bool(rule.left) != bool(rule.right):
-        found += _constant(rule, resolved)
     return found
 
 
-def _constant(rule: ir.Rule, resolved: ir.Map) -> list[Diagnostic]:
-    """A constant is made from nothing, so its shape is stated and every axis known."""
-    found = []
-    for tensor in rule.left or rule.right:
-        if tensor.shape is None:
-            found.append(Diagnostic("X307", "a constant needs a shape", (tensor.span,), help="`KEY [n] = 1`, or `[]`"))
-            continue
-        for axis in ir.axes_of(tensor.shape):
-            if axis.name is not None and axis.name not in known_axes(rule, resolved):
-                message = f"the size of `{axis.name}` is not known, so the constant cannot be made"
-                found.append(Diagnostic("X304", message, (axis.span,), help=f"declare it: `param {axis.name} = ...`"))
+def check_fit(rule: ir.Rule, layout: Layout, codecs: dict[str, AnyCodec]) -> list[Diagnostic]:
+    """D401 for every tensor whose stated shape its codec cannot hold."""
+    found: list[Diagnostic] = []
+    for side, shapes in zip(rule.sides, layout.shapes, strict=True):
+        for tensor, shape in zip(side, shapes, strict=True):
+            for codec in (codecs[codec_key(spec)] for spec in tensor.codecs):
+                if shape is None or not isinstance(codec, BlockScaled):
+                    continue
+                needed = 2 if codec.block[0] not in (None, 1) else 1
+                if len(shape.dimensions) < needed:
+                    blocks = "x".join("*" if size is None else str(size) for size in codec.block)
+                    message = (
+                        f"`{codec.name}` has blocks of {blocks}, but the tensor has the shape {unparse_shape(shape)}"
+                    )
+                    found.append(Diagnostic("D401", message, (tensor.span,)))
     return found
 
 

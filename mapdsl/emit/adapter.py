@@ -231,15 +231,20 @@ class _AdapterEmitter:
     def _shut(self, rules: list[RuleEmitter], source: int, elses: list[RuleEmitter], depth: int) -> list[str]:
         """Names whose guard does not hold are carried by no wildcard: tell `take` where one would."""
         names: list[Code] = []
+        wild: list[str] = []
         for emitter in rules:
             for tensor in emitter.rule.sides[source]:
                 mine = patterns(tensor.template)
-                wide = [p for e in elses for t in e.rule.sides[source] for p in patterns(t.template)]
-                if any(self._may_meet(a, b) for a in mine for b in wide):
+                wide = [p for e in elses if e is not emitter for t in e.rule.sides[source] for p in patterns(t.template)]
+                if not any(self._may_meet(a, b) for a in mine for b in wide):
+                    continue
+                if emitter.rule.is_else:
+                    wild += emitter.shut_wild(tensor, depth + 1)
+                else:
                     names.append(emitter.all_names(tensor))
-        if not names:
-            return []
-        return [f"{INDENT * depth}else:", *lines(Bracketed("take.shut", names), depth + 1)]
+        if names:
+            wild = [*lines(Bracketed("take.shut", names), depth + 1), *wild]
+        return [f"{INDENT * depth}else:", *wild] if wild else []
 
     def _may_meet(self, one: Pattern, other: Pattern) -> bool:
         equations = unify(one, other)
@@ -330,7 +335,8 @@ def _import_order(name: str) -> tuple[int, str]:
 USED = {
     "mapdsl.runtime.complement": ("RAW",),
     "mapdsl.runtime.take": ("place",),
-    "mapdsl.runtime.values": ("inv_freq", "positions"),
+    "mapdsl.runtime.items": ("positions",),
+    "mapdsl.runtime.values": ("inv_freq",),
     "mapdsl.runtime.codecs.block_scaled": ("BlockScaled",),
     "mapdsl.runtime.codecs.values": ("Add", "Cast", "NegExp"),
 }

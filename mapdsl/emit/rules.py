@@ -206,6 +206,11 @@ class RuleEmitter:
         head, depth = self._wild_head(here.template, depth)
         return [*head, *lines(call("put", self.name(there), self.take(here), self.stored(there)), depth)]
 
+    def shut_wild(self, tensor: ir.Tensor, depth: int) -> list[str]:
+        """Keep the names of an `else` rule whose guard does not hold from wider `else` rules."""
+        head, inner = self._wild_head(tensor.template, depth)
+        return [*head, *lines(call("take.shut", self.name(tensor)), inner)]
+
     def _wild_head(self, template: tree.Template, depth: int) -> tuple[list[str], int]:
         """The loop over the names that a template with wildcards, or an open index, fits; and the depth inside."""
         wild = [wildcard(a[1:-1]) for a in name_axes(template, {}) if a[0] == "{"]

@@ -13,6 +13,8 @@ from mapdsl.language.tree import Comment
 
 MAX_WIDTH = 120
 INDENT = "    "
+# A left side so short would look lost on a line of its own.
+SHORT = 30
 
 _ARROWS = frozenset({"BOTH", "TO", "FROM"})
 
@@ -97,14 +99,16 @@ def cut_lines(text: str, indent: str, cuts: list[Cut]) -> list[str]:
 def shortened(text: str, indent: str) -> list[str]:
     """The lines of a statement that is too long for one; one line if cutting it does not help.
 
-    First it is cut before its arrow, then also behind the `+` between tensors, then also within brackets.
+    First it is cut before its arrow, then also behind the `+` between tensors, then also within brackets. A short left
+    side keeps its arrow where cutting the right one is enough.
     """
     found = joints(text)
     at_arrows = [Cut(joint.start) for joint in found if joint.is_arrow and joint.depth == 0]
+    short_left = bool(at_arrows) and at_arrows[0].place <= SHORT
     best = [indent + text]
-    for depth in (-1, 0, 1, 2):
+    for depth, arrows in [(-1, at_arrows), *[(0, [])] * short_left, (0, at_arrows), (1, at_arrows), (2, at_arrows)]:
         places = [joint.end for joint in found if not joint.is_arrow and joint.depth <= depth]
-        lines = cut_lines(text, indent, _filled(text, indent, at_arrows, places))
+        lines = cut_lines(text, indent, _filled(text, indent, arrows, places))
         if max(map(len, lines)) < max(map(len, best)):
             best = lines
         if max(map(len, best)) <= MAX_WIDTH:

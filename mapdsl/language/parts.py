@@ -1,6 +1,7 @@
 """From Lark's parse tree to the syntax tree, first half: expressions, shapes, names. One method a grammar rule."""
 
 # Methods are named as the rules of the grammar, which documents them.
+# ruff: noqa: D102
 
 from __future__ import annotations
 

@@ -29,8 +29,9 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x85\u2028\u2029\u202a-\u2
 _STRING_OR_BRACKET = re.compile(r'"[^"\\\n]*"|[\[\](){}]')
 _CLOSES = {"]": "[", ")": "(", "}": "{"}
 _HEADER = "`map NAME: LEFT <-> RIGHT`"
-# What never stands inside brackets: a line with it is a statement of its own.
-_NEW_STATEMENT = re.compile(rf"\s*$|.*(?:->|<-)|\s*(?:{'|'.join(STATEMENT_WORDS)})\s")
+# What never stands inside brackets: a line that begins so, or has an arrow, is a statement of its own.
+_NEW_STATEMENT = re.compile(rf"\s*(?:$|(?:{'|'.join(STATEMENT_WORDS)})\s)")
+_BEFORE_ARROW = re.compile(r"(?:(?!->|<-).)*")
 _REACH = 30
 
 
@@ -95,7 +96,7 @@ class _Recovery:
 
     def _statement(self, line: Line, closed_below: bool) -> _Statement:
         text = line.text(self.source)
-        statement = _Statement(line, None, bool(re.match(r"map(?![\w.{/@$-])", text)))
+        statement = _Statement(line, None, bool(re.match(r"map(?![\w./@${]|-(?!-*>))", text)))
         length = max(map(len, text.split("\n")))
         if length > MAX_LINE:
             message = f"a line of {length:,} characters; no statement is longer than {MAX_LINE:,}"
@@ -141,8 +142,11 @@ class _Recovery:
             end = len(text) if end < 0 else end
             if not start or _NEW_STATEMENT.match(text, start, end):
                 return 0
-            if not _open_brackets(without_comments(text[line.start : end])):
+            arrow = start + len(_BEFORE_ARROW.match(text, start, end)[0])  # type: ignore[index]
+            if not _open_brackets(without_comments(text[line.start : arrow])):
                 return end
+            if arrow < end:
+                return 0
         return 0
 
     # --- header and indentation ---
@@ -195,6 +199,8 @@ class _Recovery:
 
     def _check_opening(self, statement: _Statement, before: _Statement | None) -> None:
         """An indented line needs a head above; a line above that holds an error might have been one."""
+        if "\t" in statement.line.indent:
+            return
         start = statement.line.start
         place = start - len(statement.line.indent), start
         if before is None:

@@ -41,14 +41,17 @@ class Span:
 
     @property
     def text(self) -> str:
+        """The characters themselves."""
         return self.source.text[self.start : self.end]
 
     @property
     def line(self) -> int:
+        """The line it starts in, counted from 1."""
         return self.source.position(self.start)[0]
 
     @property
     def column(self) -> int:
+        """The column it starts in, counted from 1."""
         return self.source.position(self.start)[1]
 
     def __str__(self) -> str:

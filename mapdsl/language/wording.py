@@ -45,6 +45,7 @@ _WORDS = {
 
 ARROWS = {"<->", "->", "<-"}
 _RUN = re.compile(r"[-=<>~:!→←↔⇒⇐⇔]+")
+_RESERVED_ALONE = re.compile(rf"({'|'.join(STATEMENT_WORDS)})\s*(?:<->|->|<-|\[|\+|:|as\s)")
 _OPENED_BY = {"]": "[", ")": "(", "}": "{"}
 _UNKNOWN = re.compile(r'"[^"\\]*"|[\w.]+|(.)\1*', re.DOTALL)
 _BLANK = re.compile(r"(?:\s|#[^\n]*\n)+")
@@ -60,6 +61,11 @@ _INSTEAD = {
     "“": "strings stand in plain double quotes", "”": "strings stand in plain double quotes",
     "≥": "write `>=`", "≤": "write `<=`", "≠": "write `!=`",
 }  # fmt: skip
+_INSTEAD_IN_SHAPES = {
+    ",": "spaces part the dimensions: `[f d]`",
+    "+": "a sum stands in parentheses: `[(f + d)]`",
+    "*": "the axes of one dimension stand in parentheses: `[(f d)]`",
+}
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ def _unknown_arrow(problem: Problem) -> Diagnostic | None:
         return None
     text, start = run
     arrow_expected = "BOTH" in problem.expected
-    if "COMPARE" in problem.expected and not arrow_expected:
+    if problem.expected & {"COMPARE", "PATH"} and not arrow_expected:
         if text not in _COMPARISONS:
             return None
         message = f"expected a comparison, found `{text}`"
@@ -196,7 +202,7 @@ def _space_in_name(problem: Problem) -> Diagnostic | None:
     before = re.search(r"(\S+)[ \t]+$", problem.before)
     after = re.match(r"[^\s\[\]():,+]+", problem.source.text[problem.offset : problem.end])
     cut_here = set(problem.expected) & {"BOTH", "_FOR", "TO", "$END", "COLON"}
-    if not before or not after or not cut_here or not re.search(r"[\w.{/]", after[0]):
+    if not before or not after or not cut_here or "TIMES" in problem.expected or not re.search(r"[\w.{/]", after[0]):
         return None
     looks_cut = before[1][-1] in "./" or after[0][0] in "./" or (before[1][-1] == "}" and after[0][0] == "{")
     if not looks_cut or not re.search(r"[\w./}]$", before[1]):
@@ -247,10 +253,15 @@ def _hint(problem: Problem) -> str:
         return "put the `+` at the end of the line before"
     if found in _OPENED_BY and problem.before.count(_OPENED_BY[found]) <= problem.before.count(found):
         return f"this `{found}` closes nothing"
+    if "AXIS" in problem.expected and found in _INSTEAD_IN_SHAPES:
+        return _INSTEAD_IN_SHAPES[found]
+    if "TIMES" in problem.expected and re.match(r"\.[0-9]", found):
+        return "numbers in expressions are integers"
     if found[:1] in _INSTEAD and not re.match(r"[\w{]", found):
         return _INSTEAD[found[:1]]
-    if len(before) == 1 and before[0] in STATEMENT_WORDS and found in {*ARROWS, "[", "+", ":", "as"}:
-        return f"`{before[0]}` at the start of a line begins a statement; a tensor cannot be named by this word alone"
+    reserved = _RESERVED_ALONE.match(problem.text)
+    if reserved and problem.offset <= problem.start + reserved.end():
+        return f"`{reserved[1]}` at the start of a line begins a statement; a tensor cannot be named by this word alone"
     guess = _did_you_mean(found, before, problem.expected)
     if guess:
         return f"did you mean `{guess}`?"

@@ -1,0 +1,280 @@
+"""The side file: what a conversion to the right side loses, so that the way back gives the same files, byte for byte.
+
+`mapdsl.complement` is a safetensors file. Its tensors are what the codecs keep (`NAME|part.scale`, `NAME|codes`,
+`NAME|where`; see `Kept`) and the stored tensors that the map drops (`NAME|stored`). The rest is JSON, deflated and in
+base64, in `__metadata__`: which format each tensor was found in, the checkpoint's headers, index and config as they
+were. The suffix is its own, because loaders read every `*.safetensors` of a folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from mapdsl.checkpoint.checkpoint import Checkpoint
+from mapdsl.checkpoint.dtypes import dtype_name, stored_shape, torch_dtype, torch_shape
+from mapdsl.checkpoint.files import MAX_TEXT_BYTES, bad_file, parse_object, reason
+from mapdsl.checkpoint.headers import LENGTH_BYTES, read_header
+from mapdsl.checkpoint.layout import FileLayout
+from mapdsl.checkpoint.rawbytes import buffer
+from mapdsl.checkpoint.window import Window
+from mapdsl.language.diagnostics import MapError
+from mapdsl.runtime.codecs.kept import Kept
+
+SIDE_FILE = "mapdsl.complement"
+FORMAT = "mapdsl complement 1"
+
+_MAX_RECORD_BYTES = 10 * MAX_TEXT_BYTES  # inflated
+_WIDTHS = (8, 4, 2, 1)
+_COPY_BYTES = 2**24
+
+Entry = tuple[str, "Kept | None"]
+
+
+@dataclass
+class Origin:
+    """Where a side file comes from: the map, and the checkpoint's files that hold no tensors' data, as texts.
+
+    `headers` are the JSON texts of the shards' headers by file name, in order; none for other kinds of checkpoint.
+    `names` are those of the right side's tensors.
+    """
+
+    map_name: str
+    map_hash: str
+    params: dict[str, Any] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
+    index_name: str | None = None
+    index_text: str = ""
+    config_text: str | None = None
+
+    @property
+    def layout(self) -> list[FileLayout]:
+        """The shards' headers, byte for byte."""
+        files = [(name, text.encode("utf-8")) for name, text in self.headers.items()]
+        return [FileLayout(name, len(text).to_bytes(LENGTH_BYTES, "little") + text) for name, text in files]
+
+
+class SideWriter(MutableMapping[str, Entry]):
+    """Takes what codecs keep, as the `entries` of an adapter's complement, to disk; nothing can be read from it.
+
+    Until `finish` all lies in nameless temporary files in `folder`, which vanish with the process.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._spools: dict[int, IO[bytes]] = {}
+        self._headers: dict[int, dict[str, tuple[str, list[int], int]]] = {width: {} for width in _WIDTHS}
+        self._forms: dict[str, int] = {}
+        self._entries: dict[str, tuple[int, int]] = {}
+        self._stored: dict[str, int] = {}
+        self.nbytes = 0
+
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        alternative, kept = entry
+        form: dict[str, Any] = {"alternative": alternative}
+        check = 0
+        if kept is not None:
+            form |= {"kept": kept.to_meta(), "empty": {}, "roles": []}
+            for role, tensor in kept.to_tensors().items():
+                if tensor.numel():
+                    form["roles"].append(role)
+                    check = self._add(f"{name}|{role}", tensor, check)
+                else:  # most tensors have nothing but scales to keep: no need for an entry that says so
+                    form["empty"][role] = [dtype_name(tensor.dtype), list(tensor.shape)]
+        text = json.dumps(form, sort_keys=True)
+        self._entries[name] = (self._forms.setdefault(text, len(self._forms)), check)
+
+    def add_stored(self, name: str, tensor: Tensor) -> None:
+        """Keep a stored tensor as it is."""
+        self._stored[name] = self._add(f"{name}|stored", tensor, 0)
+
+    def finish(self, path: Path, origin: Origin, found: Mapping[str, bool], spelled: Mapping[str, str]) -> None:
+        """Write the side file. Raises a MapError, C507, where the disk fails or the header becomes too large."""
+        record = {
+            "origin": asdict(origin),
+            "forms": [json.loads(text) for text in self._forms],
+            "entries": self._entries,
+            "stored": self._stored,
+            "found": dict(found),
+            "spelled": dict(spelled),
+        }
+        header = self._header(path, record)
+        try:
+            with path.open("xb") as file:
+                file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
+                for width in _WIDTHS:
+                    if width in self._spools:
+                        self._spools[width].seek(0)
+                        shutil.copyfileobj(self._spools[width], file, _COPY_BYTES)
+        except OSError as problem:
+            raise bad_file(path.name, f"cannot write the side file: {reason(problem)}") from problem
+        self.close()
+
+    def close(self) -> None:
+        """Give up the temporary files."""
+        for spool in self._spools.values():
+            spool.close()
+        self._spools.clear()
+
+    def _header(self, path: Path, record: dict[str, Any]) -> bytes:
+        packed = zlib.compress(json.dumps(record, separators=(",", ":")).encode("utf-8"))
+        texts = {"format": FORMAT, "record": base64.b64encode(packed).decode("ascii")}
+        header: dict[str, Any] = {"__metadata__": texts}
+        begin = 0
+        for width in _WIDTHS:  # the widest first, as everywhere: all tensors are aligned
+            for name, (dtype, shape, size) in self._headers[width].items():
+                header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + size]}
+                begin += size
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        text += b" " * (-len(text) % LENGTH_BYTES)
+        if len(text) > MAX_TEXT_BYTES:
+            message = f"the side file needs a header of {len(text):,} bytes, safetensors allows {MAX_TEXT_BYTES:,}"
+            raise bad_file(path.name, message, advice="convert without one (--no-complement)")
+        return text
+
+    def _add(self, name: str, tensor: Tensor, check: int) -> int:
+        """Write one tensor; gives the checksum of what `check` stands for and of its bytes."""
+        tensor = tensor.contiguous()
+        data = buffer(tensor)
+        width = tensor.element_size() if tensor.element_size() in _WIDTHS else 8
+        if width not in self._spools:
+            self._spools[width] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed by `close`)
+        self._spools[width].write(data)
+        self._headers[width][name] = (dtype_name(tensor.dtype), list(stored_shape(tensor)), len(data))
+        self.nbytes += len(data)
+        return zlib.crc32(data, check)
+
+    # What is written is not looked at again: the adapter finds nothing here.
+
+    def __getitem__(self, name: str) -> Entry:
+        raise KeyError(name)
+
+    def __delitem__(self, name: str) -> None:
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def clear(self) -> None:
+        """There is nothing to forget."""
+
+
+class Forgetful(dict[str, Entry]):
+    """The `entries` of a complement that nobody wants."""
+
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        """Forget it."""
+
+
+class SideFile(MutableMapping[str, Entry]):
+    """A side file, opened: as the `entries` of an adapter's complement it gives what was kept of each stored tensor.
+
+    `is_meta` makes it give meta tensors. Raises a MapError, C507, where the file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        header = read_header(path)
+        if header.metadata.get("format") != FORMAT:
+            raise self._damaged(f"its format is {header.metadata.get('format')!r:.80}, expected {FORMAT!r}")
+        checkpoint = Checkpoint(path, "safetensors", {tensor.name: tensor for tensor in header.tensors})
+        self._state = Window(checkpoint)
+        self._meta = self._state.meta()
+        self.is_meta = False
+        record = self._record(header.metadata.get("record", ""))
+        try:
+            self.origin = Origin(**record["origin"])
+            self.layout = self.origin.layout
+            self.found = {str(name): bool(answer) for name, answer in record["found"].items()}
+            self.spelled = {str(new): str(old) for new, old in record["spelled"].items()}
+            self._forms: list[dict[str, Any]] = [dict(form) for form in record["forms"]]
+            self._entries = {name: (self._forms[form], int(check)) for name, (form, check) in record["entries"].items()}
+            self._stored = {str(name): int(check) for name, check in record["stored"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as problem:
+            raise self._damaged(f"its record cannot be understood ({type(problem).__name__}: {problem})") from problem
+
+    @property
+    def stored_names(self) -> Iterable[str]:
+        """Names of the stored tensors that the map drops."""
+        return self._stored
+
+    def stored(self, name: str) -> Tensor:
+        """One of the stored tensors that the map drops."""
+        state = self._meta if self.is_meta else self._state
+        try:
+            tensor = state[f"{name}|stored"]
+        except KeyError as problem:
+            raise self._damaged(f"it lacks the tensor {problem}") from None
+        self._check(name, [tensor], self._stored[name])
+        return tensor
+
+    def __getitem__(self, name: str) -> Entry:
+        form, check = self._entries[name]
+        try:
+            if "kept" not in form:
+                return form["alternative"], None
+            state = self._meta if self.is_meta else self._state
+            tensors = {role: state[f"{name}|{role}"] for role in form["roles"]}
+            self._check(name, list(tensors.values()), check)
+            for role, (dtype, shape) in form["empty"].items():
+                device = "meta" if self.is_meta else "cpu"
+                tensors[role] = torch.empty(torch_shape(dtype, tuple(shape)), dtype=torch_dtype(dtype), device=device)
+            return form["alternative"], Kept.from_tensors(tensors, form["kept"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+            if isinstance(problem, MapError):
+                raise
+            raise self._damaged(f"what it keeps of `{name}` cannot be understood ({problem})") from problem
+
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        """What the right side's formats would keep is not wanted."""
+
+    def __delitem__(self, name: str) -> None:
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def clear(self) -> None:
+        """The file keeps what it has."""
+
+    def _check(self, name: str, tensors: list[Tensor], expected: int) -> None:
+        if self.is_meta:
+            return
+        found = 0
+        for tensor in tensors:
+            found = zlib.crc32(buffer(tensor.contiguous()), found)
+        if found != expected:
+            raise self._damaged(f"what it keeps of `{name}` has checksum {found:08x}, expected {expected:08x}")
+
+    def _record(self, packed: str) -> dict[str, Any]:
+        try:
+            inflate = zlib.decompressobj()
+            data = inflate.decompress(base64.b64decode(packed, validate=True), _MAX_RECORD_BYTES)
+            if not inflate.eof:
+                raise ValueError("it is cut short, or too large")
+            return parse_object(self.path, data.decode("utf-8"), "record")
+        except (ValueError, zlib.error) as problem:
+            if isinstance(problem, MapError):
+                raise
+            raise self._damaged(f"its record cannot be read ({problem})") from problem
+
+    def _damaged(self, what: str) -> MapError:
+        advice = "fetch it again, or convert without it (--no-complement): scales are then computed anew"
+        return bad_file(self.path, f"the side file is damaged: {what}", advice)

@@ -1,0 +1,81 @@
+"""The entry point: finds the command, runs it, and turns what users did wrong into messages and exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from mapdsl import __version__
+from mapdsl.cli.output import UsageError, complain, escaped, flush, prepare, show_error
+
+# Modules of this package, in the order in which `mapdsl --help` lists them.
+COMMANDS = ("check", "compile", "explain", "keys", "laws", "fmt", "convert", "snapshot", "maps", "demo")
+
+OK, BAD_INPUT, BAD_USAGE = 0, 1, 2
+# As a shell reports a process that the signal ended.
+INTERRUPTED, BROKEN_PIPE = 130, 141
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose messages are safe to print, whatever was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Show the usage and the message; exit status 2."""
+        self.print_usage(sys.stderr)
+        self.exit(BAD_USAGE, f"{self.prog}: error: {escaped(message)}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0 for success, 1 for bad input, 2 for bad usage."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    prepare()
+    try:
+        return _run(words)
+    except BrokenPipeError:
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(words: list[str]) -> int:
+    parser, commands = _parser(words)
+    try:
+        arguments = parser.parse_args(words)
+    except SystemExit as end:  # argparse's way to end after --help, --version and usage errors
+        flush()
+        return end.code if isinstance(end.code, int) else BAD_USAGE
+    module = import_module(f"mapdsl.cli.{arguments.command}")
+    try:
+        status = int(module.run(arguments))
+        flush()
+        return status
+    except UsageError as problem:
+        usage = commands[arguments.command]
+        usage.print_usage(sys.stderr)
+        complain(f"{usage.prog}: error: {problem}")
+        return BAD_USAGE
+    except ValueError as problem:
+        if not show_error(problem):
+            raise
+        return BAD_INPUT
+
+
+def _parser(words: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
+    """The parser with its commands; where the words name a command, with that one only, which is quicker to build."""
+    parser = Parser(
+        prog="mapdsl",
+        description="Checkpoint layouts as maps: check them, compile them to adapters, convert checkpoints.",
+        epilog="`mapdsl COMMAND --help` tells more of a command, `mapdsl explain K202` of an error code.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mapdsl {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in [words[0]] if words and words[0] in COMMANDS else COMMANDS:
+        import_module(f"mapdsl.cli.{name}").add_parser(subparsers)
+    return parser, dict(subparsers.choices)
+
+
+__all__ = ["COMMANDS", "main"]

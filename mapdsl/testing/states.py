@@ -1,0 +1,174 @@
+"""States drawn for a map: the tensors of each match, and what a conversion promises to make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mapdsl.compiler import codecs as compiled
+from mapdsl.compiler import ir
+from mapdsl.compiler.codecs import AnyCodec
+from mapdsl.compiler.expand import Expansion, Match, Named
+from mapdsl.runtime.codecs.base import Codec
+from mapdsl.runtime.codecs.block_scaled import BlockScaled
+from mapdsl.runtime.codecs.values import Add, Cast, NegExp
+from mapdsl.testing.reference import Place
+
+SIDES = ("left", "right")
+
+
+@dataclass
+class Logical:
+    """One tensor as a rule sees it: its name and shape, its format (None where it is stored as it is), its parts."""
+
+    named: Named
+    shape: tuple[int, ...]
+    codec: AnyCodec | None
+    parts: dict[str, Tensor]
+
+    @property
+    def place(self) -> Place:
+        """Where it stands in its match."""
+        return place_of(self.named)
+
+    def value(self, dtype: torch.dtype) -> Tensor:
+        """The decoded tensor; a plain one is itself."""
+        if self.codec is None or self.codec.kind == "raw":
+            return self.parts[self.named.name]
+        return runtime_codec(self.codec).decode(self.named.name, self.parts, dtype)
+
+
+def place_of(named: Named) -> Place:
+    """Where a tensor stands in its match: its place in the rule, and what its name absorbs."""
+    return named.place, tuple(sorted(named.position.items()))
+
+
+@dataclass
+class Group:
+    """All tensors of one match on one side.
+
+    `exact` says whether a trip to the other side and back promises every byte; `kept` whether anything comes back at all.
+    """
+
+    match: Match
+    rule: ir.Rule
+    sizes: dict[str, int]
+    tensors: list[Logical]
+    exact: bool = True
+    kept: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        """Every stored name, companions included."""
+        return [name for tensor in self.tensors for name in tensor.parts]
+
+    def moves(self) -> bool:
+        """Whether the other side has tensors for it."""
+        return bool(self.rule.left and self.rule.right and self.tensors)
+
+
+@dataclass
+class State:
+    """One side of a drawn example. `legacy` gives the old spelling of names that are stored so."""
+
+    side: str
+    groups: list[Group] = field(default_factory=list)
+    legacy: dict[str, str] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+
+    @property
+    def canonical(self) -> dict[str, Tensor]:
+        """Every tensor under the name that rules know."""
+        return {name: part for group in self.groups for t in group.tensors for name, part in t.parts.items()}
+
+    def tensors(self, names: set[str] | None = None) -> dict[str, Tensor]:
+        """The state as a checkpoint would hold it, or a part of it by canonical names; in a shuffled order."""
+        known = self.canonical
+        return {self.legacy.get(n, n): known[n] for n in self.order if names is None or n in names}
+
+    def kept(self) -> dict[str, bool]:
+        """The canonical names that come back from the other side, and whether with every byte."""
+        return {name: group.exact for group in self.groups if group.kept for name in group.names}
+
+
+def made_names(expansion: Expansion, state: State, *, quantization: bool) -> dict[str, Group | None]:
+    """Every name that a conversion of a state makes on the other side, with the group that it comes from."""
+    other = SIDES[state.side == "left"]
+    made: dict[str, Group | None] = {}
+    for group in state.groups:
+        if group.moves():
+            for named in expansion.names(group.match, other):
+                codec = written(expansion.codecs(group.rule.side(other)[named.place]), quantization)
+                made |= dict.fromkeys([named.name] if codec is None else codec.names(named.name), group)
+    ties: list[tuple[str, str]] = []
+    for number, rule in enumerate(expansion.map.rules):
+        if rule.value is None or rule.side(state.side) or not rule.side(other) or rule.arrow != "<->":
+            continue
+        for match in expansion.matches(number):
+            for named in expansion.names(match, other):
+                codec = written(expansion.codecs(rule.side(other)[named.place]), quantization)
+                twin = tied_name(rule, match)
+                if twin is None:
+                    made |= dict.fromkeys([named.name] if codec is None else codec.names(named.name))
+                else:
+                    ties.append((named.name, twin))
+    made |= {name: None for name, twin in ties if twin in made}
+    return made
+
+
+def written(codecs: list[AnyCodec], quantization: bool) -> AnyCodec | None:
+    """The format that a tensor is written in when nothing was read."""
+    raw = next((codec for codec in codecs if codec.kind == "raw"), None)
+    return raw if raw is not None and not quantization else codecs[0] if codecs else None
+
+
+def tied_name(rule: ir.Rule, match: Match) -> str | None:
+    """The name that a one-sided rule's tensor equals, if the rule is a tie."""
+    from mapdsl.compiler.collide import spell
+    from mapdsl.compiler.names import patterns
+    from mapdsl.language import tree
+
+    if rule.value is None or not isinstance(rule.value.content, tree.Template):
+        return None
+    found = next(p for p in patterns(rule.value.content) if p.choice.items() <= match.choice.items())
+    texts = {name[1:-1]: str(text) for name, text in match.values.items() if name[0] == "{"}
+    return spell(found, dict(match.values), texts)
+
+
+def runtime_codec(codec: AnyCodec) -> Codec:
+    """The runtime's codec of a checked declaration."""
+    match codec:
+        case compiled.BlockScaled():
+            return BlockScaled(
+                codec.name,
+                codec.element,
+                codec.block,
+                codec.scale,
+                codec.scale_dtypes,
+                codec.squeeze,
+                codec.packed,
+                codec.payload,
+            )
+        case compiled.Codec(kind="cast"):
+            return Cast(codec.name, codec.name)
+        case compiled.Codec(kind="add"):
+            return Add(codec.name, codec.amount)
+        case compiled.Codec(kind="neg_exp"):
+            return NegExp(codec.name)
+    raise AssertionError(f"no runtime codec of kind {codec.kind}")
+
+
+def wild_values(values: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
+    """Values of a match with the texts of its wildcards, as `Expansion.names` spells them."""
+    return {**values, **{f"{{{name}}}": text for name, text in texts.items()}}
+
+
+def all_matches(state: State) -> Iterator[tuple[Group, Logical]]:
+    """Every tensor with its group."""
+    for group in state.groups:
+        for tensor in group.tensors:
+            yield group, tensor
