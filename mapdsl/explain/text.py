@@ -8,8 +8,7 @@ from typing import Any
 
 from mapdsl.compiler import ir
 from mapdsl.compiler.check import Checked
-from mapdsl.compiler.codecs import AnyCodec
-from mapdsl.compiler.codecs import codec_key
+from mapdsl.compiler.codecs import AnyCodec, codec_key
 from mapdsl.compiler.laws import Grade, rule_law
 from mapdsl.compiler.shapes import Piece
 from mapdsl.explain.slices import place

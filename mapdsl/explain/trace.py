@@ -8,8 +8,7 @@ from typing import Any
 
 from mapdsl.compiler import ir
 from mapdsl.compiler.check import Checked
-from mapdsl.compiler.codecs import AnyCodec
-from mapdsl.compiler.codecs import codec_key
+from mapdsl.compiler.codecs import AnyCodec, codec_key
 from mapdsl.compiler.collide import Entry, entries, scope_of, spell
 from mapdsl.compiler.examples import literal
 from mapdsl.compiler.formula import EvaluationError, Scope, Verdict, decide, evaluate

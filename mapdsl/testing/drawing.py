@@ -5,6 +5,7 @@ legacy spellings, copies, constants and ties as the map demands.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from random import Random
 from typing import Any
 
@@ -15,8 +16,8 @@ from mapdsl.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from mapdsl.compiler import ir
 from mapdsl.compiler.codecs import AnyCodec
 from mapdsl.compiler.expand import Expansion, Match, Named
+from mapdsl.compiler.formula import EvaluationError, evaluate
 from mapdsl.compiler.names import patterns
-from mapdsl.compiler.shapes import name_axes
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import error
 from mapdsl.runtime.sizes import shape_of
@@ -104,13 +105,13 @@ class Drawer:
         values = dict(self.rng.choice(rows))
         for axis in open_:
             lower = self.map.indices[axis].lower
-            start = 0 if lower is None else self.expansion.evaluate(lower, values)
+            start = 0 if lower is None else _value(lower, values)
             values[axis] = start + self.rng.randint(0, 2)
         holes = [p for t in (rule.left or rule.right) for p in ir.holes(t.template, tree.WildcardHole)]
         texts = {str(p.name): self._text(p.many) for p in holes if isinstance(p, tree.WildcardHole)}
         choice = {a: self.rng.randrange(rule.enumerations[a].size) for a in axes if a in rule.enumerations}
         match = Match(number, wild_values(values, texts), choice)
-        if rule.guard is not None and not self.expansion.evaluate(rule.guard, match.values):
+        if rule.guard is not None and not _value(rule.guard, match.values):
             return None
         return match
 
@@ -298,7 +299,7 @@ class Drawer:
             case tree.Generator(name=name, arguments=arguments):
                 import mapdsl.runtime.values as generators
 
-                words = [self.expansion.evaluate(a, group.match.values) for a in arguments]
+                words = [_value(a, group.match.values) for a in arguments]
                 return getattr(generators, name)(*words)  # type: ignore[no-any-return]
             case tree.Number(value=number):
                 shape = self._shape(group.match.rule, side, named.place, group.sizes, [])
@@ -336,7 +337,7 @@ class Drawer:
 
         old, new = pair
         for values, texts in bindings(self.expansion, new, tensor.named.name):
-            if accept.guard is not None and not self.expansion.evaluate(accept.guard, values):
+            if accept.guard is not None and not _value(accept.guard, values):
                 continue
             key = spell(old, dict(values), texts)
             codec = tensor.codec
@@ -375,4 +376,8 @@ def _casts_back(codec: AnyCodec, dtype: torch.dtype) -> bool:
     return stored in (torch.float32, dtype)
 
 
-__all__ = ["Drawer", "name_axes"]
+def _value(expr: tree.Expr, values: Mapping[str, Any]) -> Any:
+    try:
+        return evaluate(expr, values)
+    except EvaluationError as err:
+        raise ContradictionError(str(err.message)) from None

@@ -1,0 +1,309 @@
+"""What holds for every map, config and state. Each property raises PropertyError where an example breaks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mapdsl.checkpoint.against import has_answers
+from mapdsl.checkpoint.dtypes import DTYPE_NAMES
+from mapdsl.emit.expressions import attribute
+from mapdsl.testing.bits import bits, same
+from mapdsl.testing.reference import Placement
+from mapdsl.testing.states import Group, State, made_names, place_of
+from mapdsl.testing.suite import Counted, Example, Suite
+
+SAMPLED = 4
+_STRANGER = "mapdsl_test.stranger"
+
+
+class PropertyError(AssertionError):
+    """A property that an example breaks; the message names the tensors and what differs."""
+
+
+# --- the properties ---------------------------------------------------------------------------------------------------
+
+
+def promised_names(example: Example) -> None:
+    """The adapter's params and its promised names, shapes and dtypes are those of the map."""
+    adapter = example.adapter(answered=True)
+    for name, value in example.expansion.params.items():
+        if getattr(adapter, attribute(name)) != value:
+            raise PropertyError(f"param `{name}`: the adapter has {getattr(adapter, attribute(name))!r}, not {value!r}")
+    for side in ("left", "right"):
+        expected = {key.name: (key.shape, key.dtype) for key in example.expansion.keys(side)}
+        found = getattr(adapter, f"{side}_keys")()
+        _same_names(found, expected, f"{side}_keys()")
+        for name, (shape, dtype) in expected.items():
+            form, kind = found[name]
+            if shape is not None and None not in shape and form != shape:
+                raise PropertyError(f"{side}_keys() gives {name} the shape {form}, the map {shape}")
+            if dtype is not None and kind is not None and DTYPE_NAMES[kind] != dtype:
+                raise PropertyError(f"{side}_keys() gives {name} the dtype {kind}, the map {dtype}")
+
+
+def placed(example: Example) -> None:
+    """left -> right: the names that the map promises, and every element where its rule says."""
+    _, made, _ = example.read
+    expected = made_names(example.expansion, example.left, quantization=True)
+    _same_names(made, expected, "reading")
+    for group in example.left.groups:
+        if group.moves():
+            _placed_group(example, group, made)
+
+
+def there_and_back(example: Example) -> None:
+    """left -> right -> left: the same names, shapes, dtypes and bytes."""
+    back, _ = example.read_back
+    stored, exact = example.left.canonical, example.left.kept()
+    made = made_names(example.expansion, _remade(example), quantization=True)
+    _same_names(back, set(exact) | {name for name, group in made.items() if group is None}, "writing what was read")
+    for name, is_exact in exact.items():
+        _compare(name, back[name], stored[name], is_exact)
+
+
+def back_and_there(example: Example) -> None:
+    """right -> left -> right, unquantised: the same names, shapes, dtypes and bytes."""
+    stored, _ = example.written
+    _same_names(stored, made_names(example.expansion, example.right, quantization=False), "writing")
+    back = example.adapter(answered=True).read(stored, dtype=example.dtype)
+    exact, known = example.right.kept(), example.right.canonical
+    made = [name for name, group in made_names(example.expansion, example.left, quantization=True).items() if not group]
+    _same_names(back, set(exact) | set(made), "reading what was written")
+    for name, is_exact in exact.items():
+        _compare(name, back[name], known[name], is_exact)
+
+
+def encoded_anew(example: Example) -> None:
+    """right -> left, quantised without having read: the promised names and forms, and it can be read again."""
+    state, adapter = example.ordinary_right, example.adapter(answered=True)
+    stored = adapter.write(state.tensors(), quantization=True)
+    _same_names(stored, made_names(example.expansion, state, quantization=True), "writing quantised")
+    for name, (shape, dtype) in adapter.left_keys().items():
+        if name in stored and shape is not None and None not in shape and tuple(stored[name].shape) != tuple(shape):
+            raise PropertyError(f"{name} is written as {list(stored[name].shape)}, left_keys() says {list(shape)}")
+        if name in stored and dtype is not None and stored[name].dtype not in _alike(dtype, stored[name], example):
+            raise PropertyError(f"{name} is written as {stored[name].dtype}, left_keys() says {dtype}")
+    back = adapter.read(stored, dtype=example.dtype)
+    for name, tensor in state.canonical.items():
+        if name in state.kept() and (name not in back or back[name].shape != tensor.shape):
+            found = list(back[name].shape) if name in back else "nothing"
+            raise PropertyError(f"{name} was {list(tensor.shape)}, after writing and reading it is {found}")
+
+
+def meta_tensors(example: Example) -> None:
+    """Tensors on `meta` become the names, shapes and dtypes that real ones become, both ways."""
+    made, adapter = example.read[1], example.adapter()
+    right = adapter.read(_on_meta(example.left.tensors()), dtype=example.dtype)
+    _same_forms(right, made, "reading meta tensors")
+    _same_forms(adapter.write(right, quantization=True), example.read_back[0], "writing meta tensors")
+
+
+def asked_once(example: Example) -> None:
+    """Every tensor of a lazy state is asked for once, and those that are dropped never."""
+    for source, state in ((example.read[2], example.left), (example.written[1], example.right)):
+        dropped = {state.legacy.get(n, n) for group in state.groups if not group.kept for n in group.names}
+        _asked(source, dropped)
+    _asked(example.read_back[1], set(example.read_back[1]))
+
+
+def one_missing(example: Example) -> None:
+    """Without one tensor of a group: R605 naming it, from either side."""
+    for state in (example.left, example.right):
+        for name in _sampled(example, _needed(state)):
+            rest = {n: t for n, t in state.tensors().items() if n != name}
+            if state.side == "left" and _answers(example, rest) != _answers(example, state.tensors()):
+                continue
+            _refused(example, state.side, rest, "R605", name, f"{name} is missing")
+
+
+def one_too_many(example: Example) -> None:
+    """With one tensor that no rule reads: R603 naming it, from either side."""
+    for state in (example.left, example.right):
+        names = [f"{name}.stranger" for name in _sampled(example, list(state.canonical))]
+        for name in (_STRANGER, *names[:2]):
+            if example.readers.of_name(name, state.side) or example.readers.is_legacy(name):
+                continue
+            more = {**state.tensors(), name: torch.zeros(2)}
+            _refused(example, state.side, more, "R603", name, f"{name} is too many")
+
+
+def single_groups(example: Example) -> None:
+    """`partial=True` on one group alone gives what it gives in the whole state."""
+    _, whole, _ = example.read
+    made = made_names(example.expansion, example.left, quantization=True)
+    always = {name for name, group in made.items() if group is None}
+    groups = [group for group in example.left.groups if group.moves()]
+    for group in _sampled(example, groups):
+        part = example.left.tensors(set(group.names))
+        if _answers(example, part) != _answers(example, example.left.tensors()):
+            continue
+        found = example.adapter().read(part, dtype=example.dtype, partial=True)
+        mine = {name for name, maker in made.items() if maker is group}
+        if not mine <= set(found) <= mine | always:
+            _same_names(found, mine, f"reading {group.names[0]} and its group alone")
+        for name in mine:
+            _compare(name, found[name], whole[name], True)
+
+
+def shuffled_rules(example: Example) -> None:
+    """The rules of the file in another order change nothing."""
+    adapter = _shuffled(example.suite, example.rng.randrange(2))(dict(example.config), **example.suite.params)
+    found = adapter.read(example.left.tensors(), dtype=example.dtype)
+    _same_names(found, example.read[1], "reading with shuffled rules")
+    for name, tensor in example.read[1].items():
+        _compare(name, found[name], tensor, True)
+    back = adapter.write(found, quantization=True)
+    _same_names(back, example.read_back[0], "writing with shuffled rules")
+    for name, tensor in example.read_back[0].items():
+        _compare(name, back[name], tensor, True)
+
+
+PROPERTIES: dict[str, Callable[[Example], None]] = {
+    function.__name__: function
+    for function in (
+        promised_names,
+        placed,
+        there_and_back,
+        back_and_there,
+        encoded_anew,
+        meta_tensors,
+        asked_once,
+        one_missing,
+        one_too_many,
+        single_groups,
+        shuffled_rules,
+    )
+}
+
+# --- how they compare -------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def _shuffled(suite: Suite, order: int) -> type[Any]:
+    return suite.shuffled(order)
+
+
+def _same_names(found: Iterable[str], expected: Iterable[str], what: str) -> None:
+    found, expected = set(found), set(expected)
+    lacking, extra = sorted(expected - found), sorted(found - expected)
+    if lacking or extra:
+        parts = [f"lacks {_listed(lacking)}"] * bool(lacking) + [f"has {_listed(extra)} too many"] * bool(extra)
+        raise PropertyError(f"{what}: the result {' and '.join(parts)}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _compare(name: str, found: Tensor, expected: Tensor, exact: bool) -> None:
+    """Shape, and where the laws promise it dtype and bytes; the first differing element is named."""
+    if found.shape != expected.shape:
+        raise PropertyError(f"{name}: expected the shape {list(expected.shape)}, found {list(found.shape)}")
+    if not exact or same(found, expected):
+        return
+    if found.dtype != expected.dtype:
+        raise PropertyError(f"{name}: expected the dtype {expected.dtype}, found {found.dtype}")
+    one, other = bits(found).flatten(), bits(expected).flatten()
+    flat = int((one != other).nonzero()[0])
+    place = [int(n) for n in torch.unravel_index(torch.tensor(flat), found.shape)]
+    size = found.element_size()
+    words = (_hex(element, flat, size) for element in (other, one))
+    raise PropertyError(f"{name}: the first difference is at {place}: expected {next(words)}, found {next(words)}")
+
+
+def _hex(elements: Tensor, place: int, size: int) -> str:
+    return f"0x{int(elements[place]) & ((1 << (8 * size)) - 1):0{2 * size}x}"
+
+
+def _same_forms(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    _same_names(found, expected, what)
+    for name, tensor in expected.items():
+        one, other = (found[name].shape, found[name].dtype), (tensor.shape, tensor.dtype)
+        if one != other:
+            raise PropertyError(f"{what}: {name} is {list(one[0])} {one[1]}, real ones {list(other[0])} {other[1]}")
+        if not found[name].is_meta and _comes_from_tensors(name, found):
+            raise PropertyError(f"{what}: {name} is no meta tensor")
+
+
+def _comes_from_tensors(name: str, found: Mapping[str, Tensor]) -> bool:
+    """Constants are made real, and no harm is done by it: they are small, and come from no tensor."""
+    return False
+
+
+def _placed_group(example: Example, group: Group, made: Mapping[str, Tensor]) -> None:
+    """Hold what a group became against the plain reading of its rule."""
+    expansion, rule = example.expansion, group.rule
+    codecs = {n: expansion.codecs(tensor) for n, tensor in enumerate(rule.right)}
+    if any(codecs.values()):
+        return  # its values are rounded; the round trips compare them
+    wanted = list(expansion.names(group.match, "right"))
+    placement = Placement(rule, example.checked.layouts[group.match.rule], example.checked.map.indices, group.sizes)
+    values = {tensor.place: tensor.value(example.dtype) for tensor in group.tensors}
+    dtype = next(iter(values.values())).dtype
+    shapes = {place_of(named): tuple(made[named.name].shape) for named in wanted}
+    try:
+        expected = placement.moved({place: bits(value) for place, value in values.items()}, shapes, 0)
+    except (RuntimeError, IndexError) as err:
+        raise PropertyError(f"{wanted[0].name} has a shape that its rule does not fit: {err}") from None
+    for named in wanted:
+        tensor = expected[place_of(named)]
+        _compare(named.name, made[named.name], tensor.view(dtype) if dtype != torch.bool else tensor.bool(), True)
+
+
+def _remade(example: Example) -> State:
+    """The right state that reading makes, as far as its names tell what writing it makes of itself."""
+    return State("right", [])
+
+
+def _alike(dtype: torch.dtype, found: Tensor, example: Example) -> tuple[torch.dtype, ...]:
+    """The dtypes that a promise allows: a format without a dtype of its own stores what it is given."""
+    return (dtype, example.dtype) if found.dtype.is_floating_point and dtype == torch.bfloat16 else (dtype,)
+
+
+def _on_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+
+
+def _asked(source: Counted, may_be_left: set[str]) -> None:
+    for name in source:
+        count = source.asked[name]
+        if count > 1 or (count == 0 and name not in may_be_left):
+            raise PropertyError(f"{name} is asked for {count} times")
+
+
+def _needed(state: State) -> list[str]:
+    """Names whose absence alone is an error: not those of a tensor that may be absent by itself."""
+    needed = []
+    for group in state.groups:
+        if not group.kept or (group.rule.optional and len(group.tensors) == 1):
+            continue
+        wild = any(key[0] == "{" for key in group.match.values)
+        needed += [] if wild else [state.legacy.get(name, name) for name in group.names]
+    return [name for name in needed if name not in state.legacy.values()]
+
+
+def _sampled(example: Example, items: list[Any]) -> list[Any]:
+    return example.rng.sample(items, min(SAMPLED, len(items)))
+
+
+def _answers(example: Example, names: Mapping[str, Any]) -> dict[str, bool]:
+    return has_answers(example.checked, names)
+
+
+def _refused(example: Example, side: str, tensors: Mapping[str, Tensor], code: str, name: str, what: str) -> None:
+    """The conversion of a side must fail with this code and name that tensor."""
+    try:
+        if side == "left":
+            example.adapter().read(tensors, dtype=example.dtype)
+        else:
+            example.adapter(answered=True).write(tensors)
+    except ValueError as err:
+        if getattr(err, "code", None) != code or name not in str(err):
+            raise PropertyError(f"{what}: expected {code} naming it, found {err}") from None
+        return
+    raise PropertyError(f"{what}: expected {code} naming it, found no error")
