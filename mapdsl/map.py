@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def load(path_or_name: str | os.PathLike[str]) -> Map:
     """A map from a `.map` file, or a shipped one by its name (`deepseek_v4`). MapError where it cannot be read."""
     path = Path(path_or_name)
-    if path.suffix != ".map" and not path.is_file():
+    if path.suffix != ".map" and not os.path.isfile(path):  # False too for a name that no file system takes
         shipped = shipped_maps()
         if str(path_or_name) in shipped:
             path = shipped[str(path_or_name)]

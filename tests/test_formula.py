@@ -227,7 +227,7 @@ def test_distinct_values_of_an_index_table():
 
 
 @pytest.mark.parametrize(
-    "facts", [["P * o + 5 >= P * o2", "o < o2", "P > 3"], ["P * o2 + 5 >= P * o", "o > o2", "P > 3"]]
+    "facts", [["P * o + 5 >= P * o2", "o < o2", "P > 3"], ["P * o2 <= P * o + 5", "o < o2", "P > 3"]]
 )
 def test_products_grow_on_both_sides(facts: list[str]):
     assert dict(ask(GRID, *facts).witness)["P"] == 4
@@ -237,8 +237,22 @@ def test_params_are_no_less_than_zero():
     where = scope({"d": "x - 3"})
     assert ask(where, "d < 0").status == "closed"
     assert ask(where, "d != 5").model == {"x": 3, "d": 0}
+    assert ask(scope({"d": "default(x - 3, 0)"}), "d != 5").model["d"] >= 0
     assert ask(where, "x != 0", "x != 1", "n != 0").model == {"x": 2, "n": 1}
     assert ask(where, "t != 0", "t != 1", "t != 2", "t == u", "u < 3").status == "closed"
+
+
+@pytest.mark.parametrize("order", ["a < b", "a > b"])
+@pytest.mark.parametrize("values", ["table[a] <= table[b]", "table[a] >= table[b]"])
+def test_distinct_values_in_any_order(order: str, values: str):
+    where = scope({"table": "table"}, distinct=("table",), a="len(table)", b="len(table)")
+    first, second = ask(where, order, values).model["table"]
+    assert first != second
+
+
+@pytest.mark.parametrize("order", ["a < a2", "a > a2"])
+def test_positions_increase_both_ways(order: str):
+    assert ask(MAP, "full[a] >= 0", "full[a2] >= 0", order).model["full"] == [0, 1]
 
 
 def test_empty_question_is_open():

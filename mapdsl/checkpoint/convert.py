@@ -25,6 +25,7 @@ from mapdsl.map import Map, load
 from mapdsl.runtime.codecs.formats import DTYPE_BY_NAME, FLOAT_DTYPES, dtype_name
 
 _INDEX = ".safetensors.index.json"
+_INDEXES = (_INDEX, ".bin.index.json")
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) *(?:([KMGT])(i?)B)?", re.IGNORECASE)
 
 
@@ -254,5 +255,5 @@ def _left_behind(checkpoint: Checkpoint, carried: tuple[str, ...]) -> tuple[str,
     if not checkpoint.path.is_dir():
         return ()
     known = {*checkpoint.files, *carried, "config.json", SIDE_FILE}
-    names = [n for n in sorted(os.listdir(checkpoint.path)) if n not in known and not n.endswith((_INDEX, ".bin.index.json"))]
+    names = [name for name in sorted(os.listdir(checkpoint.path)) if name not in known and not name.endswith(_INDEXES)]
     return tuple(f"{name}/" if (checkpoint.path / name).is_dir() else name for name in names if name[0] != ".")

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from mapdsl.checkpoint.files import parse_object, read_text
 from mapdsl.checkpoint.layout import Entry, FileLayout
 from mapdsl.checkpoint.sidecar import SIDE_FILE, Forgetful, Origin, SideFile
 from mapdsl.checkpoint.window import Window
-from mapdsl.language.diagnostics import Diagnostic, MapError, error
+from mapdsl.language.diagnostics import MapError, error
 from mapdsl.map import Map
 from mapdsl.runtime.adapter import Adapter
 from mapdsl.runtime.errors import ConversionError
@@ -135,6 +135,8 @@ def choose_plan(request: Request, to: str | None) -> Plan:
 
 def _neither(request: Request, errors: dict[bool, MapError]) -> MapError:
     """The error of the side that the checkpoint looks most like; a general one if it looks like neither."""
+    if errors[True] == errors[False]:  # of the config, say, which has nothing to do with sides
+        return errors[True]
     (left, right), count = request.sides, len(request.checkpoint.tensors)
     hits = {to_right: _hits(request, to_right=to_right) for to_right in (True, False)}
     if hits[True] == hits[False]:
@@ -142,13 +144,10 @@ def _neither(request: Request, errors: dict[bool, MapError]) -> MapError:
         message = f"the {count:,} tensors are neither those of {left} nor those of {right}"
         return error("C501", message, subject=str(request.checkpoint.path), help="\n".join(reasons))
     way = hits[True] > hits[False]
-    side, other = (left, right) if way else (right, left)
-    note = f"this was taken for the {side} side, with {hits[way]:,} of {count:,} names; if it is not: --to {side}"
-    found = errors[way].diagnostics
-    last = found[-1]
-    noted = Diagnostic(last.code, last.message, last.spans, last.subject, last.witness, "\n".join([last.help, note]).strip())
-    del other
-    return MapError([*found[:-1], noted])
+    side = left if way else right
+    note = f"this was taken for the {side} side, which has {hits[way]:,} of its {count:,} names; --to says otherwise"
+    *others, last = errors[way].diagnostics
+    return MapError([*others, replace(last, help="\n".join([last.help, note]).strip())])
 
 
 def _hits(request: Request, *, to_right: bool) -> int:
@@ -203,7 +202,6 @@ def run_plan(
         if plan.to_right:
             adapter.read_into(state, sink, read_back, dtype=request.dtype or torch.bfloat16)
         else:
-            complement.found = {} if plan.side is None else dict(plan.side.found)
             quantization = request.quantize or plan.side is not None
             adapter.write_into(state, sink, read_back, quantization=quantization)
 
@@ -223,9 +221,12 @@ def _adapter(request: Request, side: SideFile | None) -> tuple[Adapter, str | No
         path, text = side.path, side.origin.config_text
     elif Path(path).exists():
         text = read_text(Path(path), "config")
+    else:
+        path = checkpoint.path
     if fields is None and text is not None:
         fields = parse_object(Path(path), text, "config", lenient=True)
-    params = {**(side.origin.params if side is not None else {}), **request.params}
+    known = {} if side is None else {**side.found, **side.origin.params}
+    params = {**known, **request.params}
     try:
         return request.map.adapter(fields, **params), text
     except ConversionError as problem:

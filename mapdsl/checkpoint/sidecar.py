@@ -58,6 +58,16 @@ class Origin:
     index_text: str = ""
     config_text: str | None = None
 
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Origin:
+        """The inverse of `asdict`; TypeError where a field is not there, too many, or of another kind."""
+        origin = cls(**record)
+        texts = [origin.map_name, origin.map_hash, origin.index_text, *origin.names, *origin.headers.values()]
+        texts += [text for text in (origin.index_name, origin.config_text) if text is not None]
+        if not isinstance(origin.params, dict) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("a field is of another kind")
+        return origin
+
     @property
     def layout(self) -> list[FileLayout]:
         """The shards' headers, byte for byte."""
@@ -148,9 +158,12 @@ class SideWriter(MutableMapping[str, Entry]):
         tensor = tensor.contiguous()
         data = buffer(tensor)
         width = tensor.element_size() if tensor.element_size() in _WIDTHS else 8
-        if width not in self._spools:
-            self._spools[width] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed by `close`)
-        self._spools[width].write(data)
+        try:
+            if width not in self._spools:
+                self._spools[width] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed by `close`)
+            self._spools[width].write(data)
+        except OSError as problem:
+            raise bad_file(self._folder, f"cannot write the side file: {reason(problem)}") from problem
         self._headers[width][name] = (dtype_name(tensor.dtype), list(stored_shape(tensor)), len(data))
         self.nbytes += len(data)
         return zlib.crc32(data, check)
@@ -197,7 +210,7 @@ class SideFile(MutableMapping[str, Entry]):
         self.is_meta = False
         record = self._record(header.metadata.get("record", ""))
         try:
-            self.origin = Origin(**record["origin"])
+            self.origin = Origin.from_record(record["origin"])
             self.layout = self.origin.layout
             self.found = {str(name): bool(answer) for name, answer in record["found"].items()}
             self.spelled = {str(new): str(old) for new, old in record["spelled"].items()}
@@ -234,9 +247,9 @@ class SideFile(MutableMapping[str, Entry]):
                 device = "meta" if self.is_meta else "cpu"
                 tensors[role] = torch.empty(torch_shape(dtype, tuple(shape)), dtype=torch_dtype(dtype), device=device)
             return form["alternative"], Kept.from_tensors(tensors, form["kept"])
+        except MapError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
-            if isinstance(problem, MapError):
-                raise
             raise self._damaged(f"what it keeps of `{name}` cannot be understood ({problem})") from problem
 
     def __setitem__(self, name: str, entry: Entry) -> None:
@@ -270,9 +283,9 @@ class SideFile(MutableMapping[str, Entry]):
             if not inflate.eof:
                 raise ValueError("it is cut short, or too large")
             return parse_object(self.path, data.decode("utf-8"), "record")
+        except MapError as problem:
+            raise self._damaged(problem.diagnostics[0].message) from problem
         except (ValueError, zlib.error) as problem:
-            if isinstance(problem, MapError):
-                raise
             raise self._damaged(f"its record cannot be read ({problem})") from problem
 
     def _damaged(self, what: str) -> MapError:

@@ -22,7 +22,7 @@ from mapdsl.compiler.evaluation import (
     rename,
     show,
 )
-from mapdsl.compiler.lemmas import violated_law
+from mapdsl.compiler.lemmas import violated_law, violated_range
 from mapdsl.compiler.logic import Application, Conjunction, Disjunction, Formula, Scope, Symbols
 from mapdsl.compiler.presburger import Translator
 from mapdsl.compiler.witness import Witness, build_witness
@@ -152,11 +152,13 @@ class _Query:
                 stack.extend(reversed(branch.split()))
                 continue
             model = smallest_model(branch.constraints, order=self._order(), budget=self.budget)
-            law = violated_law(self.scope, self.symbols, branch.applications, model, self.budget)
-            if law is None:
-                yield model
-            else:
+            if outside := violated_range(self.symbols, model):
+                # What is left is a string where numbers are spoken of: a last resort.
+                stack.insert(0, _Branch((outside,), branch))
+            elif law := violated_law(self.scope, branch.applications, model, self.budget):
                 stack.append(_Branch((law,), branch))
+            else:
+                yield model
 
     def _order(self) -> list[str]:
         named = self.symbols.variables.items()

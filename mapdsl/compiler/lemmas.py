@@ -9,14 +9,19 @@ from mapdsl.compiler.arithmetic import Budget, Linear, at_least, equal
 from mapdsl.compiler.logic import FIRST_STRING, Application, Conjunction, Disjunction, Formula, Scope, Symbols
 
 
-def violated_law(
-    scope: Scope, symbols: Symbols, applications: Sequence[Application], model: Mapping[str, int], budget: Budget
-) -> Formula | None:
-    """A law that fields or these applications break under the model, or None."""
+def violated_range(symbols: Symbols, model: Mapping[str, int]) -> Formula | None:
+    """A field that is no string is no negative number: the law for one that is, or None."""
     for (kind, _), name in symbols.variables.items():
         if kind == "field" and FIRST_STRING < model.get(name, 0) < 0:
             field = Linear.variable(name)
             return Disjunction((at_least(field, 0), at_least(-field, -FIRST_STRING)))
+    return None
+
+
+def violated_law(
+    scope: Scope, applications: Sequence[Application], model: Mapping[str, int], budget: Budget
+) -> Formula | None:
+    """A law of functions that these applications break under the model, or None."""
     distinct = scope.distinct_fields()
     by_function: dict[tuple[str, ...], list[Application]] = {}
     for application in dict.fromkeys(applications):

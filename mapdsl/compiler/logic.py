@@ -106,10 +106,7 @@ def compared(symbol: str, left: Term, right: Term) -> Formula:
         case "==":
             relation: Formula = Constraint(difference, "=")
         case "!=":
-            # The smaller witness first: below the other value, except for 0, which few numbers are below.
-            sides = (at_least(-difference, 1), at_least(difference, 1))
-            at_zero = left.linear == Linear.number(0) or right.linear == Linear.number(0)
-            relation = Disjunction(sides[::-1] if at_zero else sides)
+            relation = Disjunction((at_least(-difference, 1), at_least(difference, 1)))
         case ">=" | ">":
             relation = at_least(difference, int(symbol == ">"))
         case _:

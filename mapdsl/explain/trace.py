@@ -26,7 +26,7 @@ class Reading:
 
     `name` is the rule's own spelling where the one asked for is a legacy one, of `accept`. `key` is the tensor that it
     belongs to: another name where it is a part that `codecs` keep beside it. `values` are the indices that the name
-    fixes, `assumed` those and the params of a config under which it stands, `example` what of them is worth showing;
+    fixes, `example` shows a config under which it stands, with them;
     `texts` are what wildcards stand for. `shut` says why the rule does not apply, if it does not, and `unproved` what
     was tried where neither is known.
     """
@@ -38,7 +38,6 @@ class Reading:
     name: str
     key: str
     values: Mapping[str, int]
-    assumed: Mapping[str, Any]
     example: tuple[tuple[str, Any], ...]
     texts: Mapping[str, str]
     codecs: tuple[AnyCodec, ...] = ()
@@ -146,7 +145,6 @@ class _Tracer:
             name,
             key,
             self._certain(entry.pattern, shown),
-            {**self.params, **shown.model},
             shown.witness,
             texts,
             self._codecs(tensor, key, name) if key != name else (),

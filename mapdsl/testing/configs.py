@@ -14,7 +14,7 @@ from mapdsl.testing.fields import Field, Fields
 
 # Sizes of axes: primes where nothing is packed, so that no transpose can hide in a square; and around a block's edge.
 SIZES = (2, 3, 5, 7, 11, 13, 17, 19)
-EVEN_SIZES = (2, 6, 10, 14, 22, 34, 38, 62, 66)
+EVEN_SIZES = (2, 4, 6, 8, 10, 12, 14, 22, 34, 38, 62, 66)
 _TRIES = 200
 
 
@@ -110,8 +110,13 @@ def scalar(field: Field, reach: int, rng: Random, sizes: list[int]) -> Any:
     near = [n for literal in field.literals for n in (literal - 1, literal, literal + 1) if n >= 0]
     if near and rng.random() < 0.7:
         return rng.choice(near)
-    if field.is_size:
-        return sizes.pop() if sizes else rng.choice(SIZES)
+    if field.is_size or field.is_factor:
+        # What is multiplied with others stays small, so that their product does.
+        fitting = [size for size in sizes if not field.is_factor or size < 15]
+        if fitting:
+            sizes.remove(fitting[-1])
+            return fitting[-1]
+        return rng.choice((1, 2, 3, 4))
     return rng.randint(0, 6)
 
 

@@ -25,22 +25,28 @@ from mapdsl.testing.bits import FLOATS, PLAIN_DTYPES, bits, ordinary, random_bit
 from mapdsl.testing.configs import EVEN_SIZES, SIZES, ContradictionError
 from mapdsl.testing.readers import Readers, bindings
 from mapdsl.testing.reference import Placement
-from mapdsl.testing.states import Group, Logical, State, tied_name, wild_values
+from mapdsl.testing.states import Group, Logical, State, fits, tied_name, wild_values
 
-# A state larger than this is no example, and drawing it would only take memory and time.
+# A state larger than this is no example, and drawing it would only take memory and time; drawn ones are to be quick.
 MAX_ELEMENTS = 50_000_000
+QUICK_ELEMENTS = 500_000
 _SEGMENTS = ("w", "extra", "norm", "bias", "0", "7", "12", "x_1", "a-b", 'quo"te', "back\\slash", "{brace}")
 _TRIES = 8
 
 
 class Drawer:
-    """Draws states under one config. `dtype` is that of decoded tensors in the conversions that follow."""
+    """Draws states under one config. `dtype` is that of decoded tensors in the conversions that follow.
 
-    def __init__(self, expansion: Expansion, readers: Readers, rng: Random, dtype: torch.dtype) -> None:
+    With `quick` a state of many elements is a ContradictionError, otherwise only an absurd one is an error.
+    """
+
+    def __init__(
+        self, expansion: Expansion, readers: Readers, rng: Random, dtype: torch.dtype, *, quick: bool
+    ) -> None:
         self.expansion, self.readers, self.rng, self.dtype = expansion, readers, rng, dtype
         self.map = expansion.map
         self.generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        self.elements = 0
+        self.quick, self.elements = quick, 0
 
     def state(self, side: str, *, ordinary_values: bool = False) -> State:
         """A state of one side; with `ordinary_values` what has a format on the left is something that it can hold."""
@@ -122,6 +128,10 @@ class Drawer:
 
     def _group(self, match: Match, rule: ir.Rule, side: str, ordinary_values: bool) -> Group:
         sizes = self._sizes(match, rule)
+        absorbed = {axis for names in self.expansion.checked.layouts[match.rule].in_names for axis in names}
+        if empty := sorted(axis for axis in absorbed if not sizes.get(axis, 1)):
+            # One side would have a tensor without elements, the other none at all.
+            raise ContradictionError(f"the axis `{empty[0]}` is empty, and lives in names on one side only")
         group = Group(match, rule, sizes, [])
         if rule.value is not None and not isinstance(rule.value.content, tree.Template):
             self._constant(group, side)
@@ -160,7 +170,7 @@ class Drawer:
             codecs = self.expansion.codecs(rule.side(side)[named.place])
             shape = self._shape(match.rule, side, named.place, sizes, codecs)
             self._count(rule, shape)
-            fitting = [codec for codec in codecs if _fits(codec, shape)]
+            fitting = [codec for codec in codecs if fits(codec, shape)]
             if codecs and not fitting:
                 raise ContradictionError(f"no format of {named.name} fits the shape {list(shape)}")
             number = int((self.rng.random() if mixed else favourite) * len(fitting))
@@ -185,6 +195,8 @@ class Drawer:
 
     def _count(self, rule: ir.Rule, shape: tuple[int, ...]) -> None:
         self.elements += math.prod(shape)
+        if self.quick and self.elements > QUICK_ELEMENTS:
+            raise ContradictionError("the tensors are too large to be drawn many times")
         if self.elements > MAX_ELEMENTS:
             message = f"the config makes tensors of more than {MAX_ELEMENTS:,} elements, too many for an example"
             raise error("C505", message, rule.span, help="give a small config, or none: then one is drawn")
@@ -345,12 +357,6 @@ class Drawer:
             if not taken & set(olds):
                 state.legacy |= dict(zip(tensor.parts, olds, strict=True))
                 taken.update(olds)
-
-
-def _fits(codec: AnyCodec, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of this shape can be stored so: packed elements fill whole bytes."""
-    per = getattr(codec, "per", 1)
-    return per == 1 or bool(shape and shape[-1] % per == 0)
 
 
 def _claims(codec: AnyCodec, dtype: torch.dtype) -> bool:

@@ -20,7 +20,7 @@ class Field:
     """One field of the config, or one param: what is known of its values.
 
     `kind` is `int`, `bool`, `str`, `number`, `list`, or empty where nothing tells. `bounds_index` and `is_size` say what
-    an integer does, `measured` that a list's length matters, `distinct` that no element may stand twice. `optional`
+    an integer does, `is_factor` that a size is made from it, `measured` that a list's length matters, `distinct` that no element may stand twice. `optional`
     fields may be absent. `literals` are the values that the map compares with.
     """
 
@@ -28,6 +28,7 @@ class Field:
     kind: str = ""
     bounds_index: bool = False
     is_size: bool = False
+    is_factor: bool = False
     optional: bool = False
     measured: bool = False
     distinct: bool = False
@@ -55,7 +56,7 @@ class Field:
     def absorb(self, other: Field) -> None:
         """Everything that is known of another name for the same value."""
         self.kind = self.kind or other.kind
-        for flag in ("bounds_index", "is_size", "measured", "distinct"):
+        for flag in ("bounds_index", "is_size", "is_factor", "measured", "distinct"):
             setattr(self, flag, getattr(self, flag) or getattr(other, flag))
         for literal in other.literals:
             self.note(literal)
@@ -170,6 +171,9 @@ class _Reader:
                         self._field(path).optional = True
             case tree.Operation(operator=symbol) if symbol in ("+", "-", "*", "//", "%"):
                 self._integer(expr, bounds=wanted.bounds_index)
+                if wanted.is_size or wanted.is_factor:
+                    for path in ir.names_in(expr):
+                        self._field(path).is_factor = True
             case tree.Operation():
                 self._boolean(expr)
             case tree.Call():

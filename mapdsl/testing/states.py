@@ -126,6 +126,12 @@ def written(codecs: list[AnyCodec], quantization: bool) -> AnyCodec | None:
     return raw if raw is not None and not quantization else codecs[0] if codecs else None
 
 
+def fits(codec: AnyCodec, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape can be stored so: packed elements fill whole bytes."""
+    per = getattr(codec, "per", 1)
+    return per == 1 or bool(shape and shape[-1] % per == 0)
+
+
 def tied_name(rule: ir.Rule, match: Match) -> str | None:
     """The name that a one-sided rule's tensor equals, if the rule is a tie."""
     from mapdsl.compiler.collide import spell

@@ -83,7 +83,7 @@ class Suite:
         for attempt in range(_TRIES):
             drawn = draw_config(self.checked, self.fields, rng, self.params)
             try:
-                return Example(self, drawn, f"{seed}.{attempt}")
+                return Example(self, drawn, f"{seed}.{attempt}", quick=True)
             except ContradictionError as err:
                 problem = str(err)
         raise error("C505", f"no small config fits this map: {problem}", help="give one with --config")
@@ -114,22 +114,24 @@ class Example:
     `dtype` is that of decoded tensors. ContradictionError where the drawn states do not go together.
     """
 
-    def __init__(self, suite: Suite, drawn: Drawn, seed: str) -> None:
-        self.suite, self.drawn, self.seed = suite, drawn, seed
+    def __init__(self, suite: Suite, drawn: Drawn, seed: str, *, quick: bool = False) -> None:
+        self.suite, self.drawn, self.seed, self.quick = suite, drawn, seed, quick
         self.config = drawn.config
         self.expansion: Expansion = drawn.expansion
         self.rng = Random(f"states {seed}")
         self.dtype = self.rng.choice([torch.bfloat16, torch.bfloat16, torch.float32])
         self.readers = Readers(self.expansion)
-        self._drawer = Drawer(self.expansion, self.readers, self.rng, self.dtype)
-        self.left = self._drawer.state("left")
+        self.left = self._drawer(self.rng).state("left")
         self._check_answers()
-        self.right = self._drawer.state("right")
+        self.right = self._drawer(self.rng).state("right")
 
     @property
     def checked(self) -> Checked:
         """The map."""
         return self.suite.checked
+
+    def _drawer(self, rng: Random) -> Drawer:
+        return Drawer(self.expansion, self.readers, rng, self.dtype, quick=self.quick)
 
     def _check_answers(self) -> None:
         """Every `has(...)` must be answered by the left state as it was when the states were drawn."""
@@ -167,8 +169,7 @@ class Example:
     @cached_property
     def ordinary_right(self) -> State:
         """A right state of values that every format on the left can hold."""
-        drawer = Drawer(self.expansion, self.readers, Random(f"ordinary {self.seed}"), self.dtype)
-        return drawer.state("right", ordinary_values=True)
+        return self._drawer(Random(f"ordinary {self.seed}")).state("right", ordinary_values=True)
 
 
 def load_suite(path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> Suite:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.differential.nemo import nemo_adapter, nemo_model
-from tests.helpers.deepseek_v4 import VISION, Storage, checkpoint, differences, tiny_config
 
 import mapdsl
+from tests.differential.nemo import nemo_adapter, nemo_model
+from tests.helpers.deepseek_v4 import VISION, Storage, checkpoint, differences, tiny_config
 
 pytestmark = pytest.mark.heavy
 

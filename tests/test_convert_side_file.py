@@ -1,0 +1,251 @@
+"""`mapdsl.complement`: whose it is, and what happens when it is damaged."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conversions import MAP, assert_same_files, only, renames, write_state, write_tiny
+
+import mapdsl
+from mapdsl.checkpoint.headers import read_header
+from mapdsl.checkpoint.sidecar import SIDE_FILE, SideFile
+from mapdsl.language.diagnostics import MapError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a release, `source`, and what it was converted to, `there`."""
+    folder = tmp_path_factory.mktemp("side_file")
+    write_tiny(folder / "source")
+    mapdsl.convert(folder / "source", folder / "there", MAP)
+    return folder
+
+
+@pytest.fixture
+def there(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made / "there", tmp_path / "there"))
+
+
+def refused(there: Path, map_: Any = MAP) -> Any:
+    """The diagnostic of the way back, which leaves nothing; without the side file there is a way."""
+    before = sorted(there.parent.iterdir())
+    with pytest.raises(MapError) as caught:
+        mapdsl.convert(there, there.with_name("back"), map_, to=mapdsl.load(map_).checked.map.left)
+    assert sorted(there.parent.iterdir()) == before
+    found = only(caught.value)
+    assert found.subject == str(there / SIDE_FILE)
+    assert "--no-complement" in found.help
+    return found
+
+
+def packed(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The side file with `change` made to its header; `record` in it is unpacked meanwhile."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    texts = header["__metadata__"]
+    texts["record"] = json.loads(zlib.decompress(base64.b64decode(texts["record"])))
+    change(header)
+    if not isinstance(texts["record"], str):
+        texts["record"] = base64.b64encode(zlib.compress(json.dumps(texts["record"]).encode())).decode()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def record_of(header: dict[str, Any]) -> dict[str, Any]:
+    return header["__metadata__"]["record"]
+
+
+# --- what it is ------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_sound_safetensors_file(there):
+    from safetensors import safe_open
+
+    header = read_header(there / SIDE_FILE)
+    with safe_open(there / SIDE_FILE, "pt") as file:
+        names = list(file.keys())
+        assert {file.get_tensor(name).dtype for name in names} >= {torch.uint8}
+    assert len(names) == len(header.tensors) > 0
+    widths = {"I64": 8, "F32": 4, "BF16": 2}
+    assert all(tensor.begin % widths.get(tensor.dtype, 1) == 0 for tensor in header.tensors)
+
+
+def test_unpacking_and_packing_it_changes_nothing(made, there, tmp_path):
+    """The tests below change one thing; this shows that it is the change that they see."""
+    packed(there / SIDE_FILE, lambda header: None)
+    mapdsl.convert(there, tmp_path / "back", MAP)
+    assert_same_files(tmp_path / "back", made / "source")
+
+
+def test_it_holds_scales_not_payloads(there):
+    side = SideFile(there / SIDE_FILE)
+    _, kept = side["layers.0.ffn.experts.0.w1.weight"]
+    assert kept.parts["scale"].dtype == torch.float8_e8m0fnu
+    assert kept.where is not None
+    assert len(kept.codes) < kept.shape[0] * kept.shape[1] / 2
+
+
+# --- whose it is -----------------------------------------------------------------------------------------------------
+
+
+def test_a_side_file_of_another_map(tmp_path):
+    file, source = renames(tmp_path)
+    mapdsl.convert(source, tmp_path / "there", file)
+    other = tmp_path / "others.map"
+    other.write_text(file.read_text().replace("map renames", "map others"))
+    found = refused(tmp_path / "there", other)
+    assert found.code == "R607"
+    assert "another map `renames`" in found.message
+
+
+def test_a_side_file_of_another_version_of_the_map(tmp_path):
+    file, source = renames(tmp_path)
+    mapdsl.convert(source, tmp_path / "there", file)
+    file.write_text(file.read_text() + "\nextra <-> extra\n")
+    found = refused(tmp_path / "there", file)
+    assert found.code == "R607"
+    assert "another version of map `renames`" in found.message
+
+
+def test_an_included_map_counts_as_the_maps_text(tmp_path):
+    part, file = tmp_path / "part.map", tmp_path / "whole.map"
+    part.write_text("map part: old <-> new\na <-> b\n")
+    file.write_text('map whole: old <-> new\ninclude "part.map"\nc <-> d\n')
+    source = write_state(tmp_path / "source", {"a": torch.ones(1), "c": torch.zeros(1)})
+    mapdsl.convert(source, tmp_path / "there", file)
+    mapdsl.convert(tmp_path / "there", tmp_path / "back", file)
+    assert_same_files(tmp_path / "back", source)
+    shutil.rmtree(tmp_path / "back")
+    part.write_text("map part: old <-> new\na <-> b\nx <-> y optional\n")
+    assert refused(tmp_path / "there", file).code == "R607"
+
+
+def test_a_side_file_of_other_tensors(there, tmp_path):
+    write_tiny(tmp_path / "other", num_nextn_predict_layers=0)
+    mapdsl.convert(tmp_path / "other", tmp_path / "smaller", MAP)
+    shutil.copy(tmp_path / "smaller" / SIDE_FILE, there / SIDE_FILE)
+    found = refused(there)
+    assert found.code == "R607"
+    assert "was not there then" in found.message
+
+
+def test_a_side_file_of_tensors_of_another_shape(there, tmp_path):
+    write_tiny(tmp_path / "other", moe_intermediate_size=96)
+    mapdsl.convert(tmp_path / "other", tmp_path / "thinner", MAP)
+    shutil.copy(tmp_path / "thinner" / SIDE_FILE, there / SIDE_FILE)
+    with pytest.raises(MapError) as caught:
+        mapdsl.convert(there, tmp_path / "back", MAP, to="hf", config=there / "config.json")
+    assert only(caught.value).code == "R607"
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_side_file_of_another_checkpoint_of_the_same_shape_edits_blocks_only(there, tmp_path):
+    """It cannot be told apart from edits: the values are right, and the count of blocks tells."""
+    from mapdsl.checkpoint.checkpoint import open_checkpoint
+    from mapdsl.checkpoint.tensors import LazyState
+    from mapdsl.demo import random_state
+
+    config = json.loads((there / "config.json").read_text())
+    write_state(tmp_path / "other", random_state(config, "raw", seed=5), config)
+    mapdsl.convert(tmp_path / "other", tmp_path / "values", MAP, use_complement=False)
+    shutil.copy(there / SIDE_FILE, tmp_path / "values" / SIDE_FILE)
+    done = mapdsl.convert(tmp_path / "values", tmp_path / "back", MAP)
+    assert sum(done.edited.values()) > 10_000
+    head = LazyState(open_checkpoint(tmp_path / "other"))["head.weight"]
+    assert torch.equal(LazyState(open_checkpoint(tmp_path / "back"))["head.weight"], head)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_side_file_that_is_cut_short(there):
+    data = (there / SIDE_FILE).read_bytes()
+    (there / SIDE_FILE).write_bytes(data[:-1])
+    with pytest.raises(MapError) as caught:
+        mapdsl.convert(there, there.with_name("back"), MAP, to="hf")
+    assert (only(caught.value).code, only(caught.value).subject) == ("C507", str(there / SIDE_FILE))
+
+
+@pytest.mark.parametrize("place", [-1, -5000])
+def test_a_byte_that_is_wrong(place, there):
+    data = bytearray((there / SIDE_FILE).read_bytes())
+    data[place] ^= 1
+    (there / SIDE_FILE).write_bytes(data)
+    found = refused(there)
+    assert found.code == "C507"
+    assert "checksum" in found.message
+
+
+def bomb(header: dict[str, Any]) -> None:
+    text = zlib.compress(b" " * 2_000_000_000, 1)
+    header["__metadata__"]["record"] = base64.b64encode(text).decode()
+
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "format": lambda header: header["__metadata__"].update(format="mapdsl complement 99"),
+    "no record": lambda header: header["__metadata__"].update(record=""),
+    "no base64": lambda header: header["__metadata__"].update(record="%%%"),
+    "no deflate": lambda header: header["__metadata__"].update(record=base64.b64encode(b"no").decode()),
+    "a list": lambda header: header["__metadata__"].update(record=base64.b64encode(zlib.compress(b"[]")).decode()),
+    "no JSON": lambda header: header["__metadata__"].update(record=base64.b64encode(zlib.compress(b"{")).decode()),
+    "cut": lambda header: header["__metadata__"].update(
+        record=base64.b64encode(zlib.compress(b"{}" * 99)[:-4]).decode()
+    ),
+    "no entries": lambda header: record_of(header).pop("entries"),
+    "entries of another kind": lambda header: record_of(header).update(entries=["x"]),
+    "no such form": lambda header: record_of(header).update(entries={"norm.weight": [99, 0]}),
+    "forms of another kind": lambda header: record_of(header).update(forms=[1] * 9),
+    "origin with more": lambda header: record_of(header)["origin"].update(more=1),
+    "origin with less": lambda header: record_of(header)["origin"].pop("map_hash"),
+    "headers of another kind": lambda header: record_of(header)["origin"].update(headers=3),
+    "names of another kind": lambda header: record_of(header)["origin"].update(names=3),
+    "texts of another kind": lambda header: record_of(header)["origin"].update(index_text=3),
+    "a tensor less": lambda header: record_of(header)["forms"][0].update(roles=["part.other"]),
+    "a dtype that is none": lambda header: record_of(header)["forms"][0]["kept"].update(codes="f99"),
+    "a codec that is none": lambda header: record_of(header)["forms"][0].pop("alternative"),
+    "kept of another kind": lambda header: record_of(header)["forms"][0].update(kept=[]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_side_file_that_cannot_be_understood(damage, there):
+    packed(there / SIDE_FILE, damage)
+    found = refused(there)
+    assert found.code == "C507"
+    assert "damaged" in found.message
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "a/b.safetensors", "config.json"])
+def test_files_that_a_side_file_names_stay_in_the_folder(name, there, tmp_path):
+    def rename(header):
+        headers = record_of(header)["origin"]["headers"]
+        first = next(iter(headers))
+        record_of(header)["origin"]["headers"] = {
+            (name if key == first else key): value for key, value in headers.items()
+        }
+
+    packed(there / SIDE_FILE, rename)
+    before = sorted(path.name for path in tmp_path.parent.iterdir()), sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(MapError) as caught:
+        mapdsl.convert(there, tmp_path / "back", MAP, to="hf")
+    assert only(caught.value).code in ("C507", "C506")
+    after = sorted(path.name for path in tmp_path.parent.iterdir()), sorted(path.name for path in tmp_path.iterdir())
+    assert before == after
+
+
+@pytest.mark.parametrize("name", ["../index.json", "/index.json", "model-00001-of-00005.safetensors"])
+def test_the_index_that_a_side_file_names_stays_in_the_folder(name, there, tmp_path):
+    packed(there / SIDE_FILE, lambda header: record_of(header)["origin"].update(index_name=name))
+    with pytest.raises(MapError) as caught:
+        mapdsl.convert(there, tmp_path / "back", MAP, to="hf")
+    assert only(caught.value).code in ("C507", "C506")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
