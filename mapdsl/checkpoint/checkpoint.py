@@ -88,7 +88,7 @@ def _no_collection() -> Iterator[None]:
 
 def _open(path: Path) -> Checkpoint:
     name = path.name
-    if path.is_dir():
+    if os.path.isdir(path):  # False too for a name that no file system takes
         return _open_folder(path)
     if not os.path.lexists(path):
         raise bad_file(path, "there is no such file or folder")

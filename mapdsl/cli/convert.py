@@ -95,8 +95,9 @@ def story(done: Conversion) -> list[str]:
     elif done.same_layout is False:
         lines.append(paint(f"  the files are laid out anew: {escaped(done.misfit)}", "warning"))
     if done.edited:
-        blocks = sum(done.edited.values())
-        lines.append(f"  edited: {blocks:,} blocks were encoded anew, in {_some(tuple(done.edited))}")
+        count = sum(done.edited.values())
+        blocks = "1 block was" if count == 1 else f"{count:,} blocks were"
+        lines.append(f"  edited: {blocks} encoded anew, in {_some(tuple(done.edited))}")
     return lines
 
 

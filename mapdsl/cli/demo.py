@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
         "demo",
         help="convert a small checkpoint there and back, and compare every byte",
         description="Make a small checkpoint in DeepSeek-V4's released layout (FP4 experts, FP8 weights, random "
-        "bytes), check the map against it, convert it to the model's layout and back, and compare every file byte for byte.",
+        "bytes), check the map against it, convert it to the model's layout and back, and compare every byte.",
         allow_abbrev=False,
     )
     parser.add_argument("--keep", metavar="DIR", help="make the checkpoints in this new folder, and leave them there")
@@ -74,7 +75,8 @@ def _tell(folder: Path, *, keep: bool) -> int:
     if keep:
         _note(f"the checkpoints are in {folder}")
     if differing:
-        complain(paint(f"\n{differing} files differ: this is a defect of mapdsl", "error"))
+        count = "1 file differs" if differing == 1 else f"{differing} files differ"
+        complain(paint(f"\n{count}: this is a defect of mapdsl", "error", sys.stderr))
         return 1
     say(paint(f"\nEvery byte came back, in {seconds:.1f} s.", "good"))
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import TYPE_CHECKING, Any
 
 from mapdsl.cli.inputs import FILE_HELP, add_config, values_of
@@ -12,8 +11,6 @@ from mapdsl.cli.output import UsageError, escaped, paint, say
 if TYPE_CHECKING:
     from mapdsl.explain.text import Explanation
     from mapdsl.language.diagnostics import MapError
-
-_CODE = re.compile(r"[A-Za-z][0-9]{3}")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -80,8 +77,4 @@ def _explain_code(arguments: argparse.Namespace) -> int:
     if code in CATALOGUE:
         say(read_page(code).text.rstrip("\n"))
         return 0
-    if _CODE.fullmatch(subject):
-        from mapdsl.language.diagnostics import error
-
-        raise error("N111", f"there is no error code {code}", help=f"codes: {', '.join(CATALOGUE)}")
     raise UsageError(f"`{escaped(subject)}` is no error code; for a tensor of a map, give FILE and NAME")

@@ -143,11 +143,24 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     A link is followed, permissions of a file that is replaced are kept. MapError, C507, where it cannot be written.
     """
     target = Path(os.path.realpath(path))
+    data = text.encode("utf-8")
     try:
+        if _is_stream(target):
+            target.write_bytes(data)
+            return
         with _replacing(target) as file:
-            file.write(text.encode("utf-8"))
+            file.write(data)
     except (OSError, ValueError) as problem:
         raise _unwritable(path, (isinstance(problem, OSError) and problem.strerror) or str(problem)) from None
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path is a pipe or a device, such as /dev/stdout: nothing can take its place, so it is written to."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 @contextlib.contextmanager
@@ -156,8 +169,8 @@ def _replacing(target: Path) -> Iterator[IO[bytes]]:
     mode = None
     with contextlib.suppress(FileNotFoundError):
         status = target.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(0, "expected a regular file, found a folder, a pipe or a device")
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(0, "expected a file, found a folder")
         mode = stat.S_IMODE(status.st_mode)
     temporary = target.with_name(f".{target.name[:100]}.{os.urandom(8).hex()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

@@ -31,7 +31,7 @@ def param_values(checked: Checked, config: Mapping[str, Any] | None, given: Mapp
     unknown = sorted(name for name in given if name not in params and not name.startswith("has("))
     if unknown:
         known = ", ".join(params)
-        raise MapError([Diagnostic("N111", f"the map has no param `{unknown[0]}`", help=f"it has {known}")])
+        raise MapError([Diagnostic("N111", f"the map has no param `{unknown[0]}`", help=f"it has {known or 'none'}")])
     fields = {path: _field(config or {}, path) for value in params.values() for path in ir.names_in(value)}
     fields |= {name: value for name, value in given.items() if name.startswith("has(")}
     try:

@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Union
 
 from mapdsl.language import tree
@@ -40,12 +41,17 @@ class Pattern:
     segments: tuple[Segment, ...]
     choice: Mapping[str, int] = field(compare=False)
 
-    @property
+    @cached_property
     def is_wild(self) -> bool:
         """Whether a segment is a wildcard."""
         return any(isinstance(segment, Wildcard) for segment in self.segments)
 
-    @property
+    @cached_property
+    def many(self) -> int | None:
+        """The place of the segment that may stretch."""
+        return next((n for n, s in enumerate(self.segments) if isinstance(s, Wildcard) and s.many), None)
+
+    @cached_property
     def skeleton(self) -> tuple[tuple[str, ...], ...]:
         """Numbers blanked out: two patterns without wildcards can meet only where this is the same."""
         return tuple(
@@ -66,6 +72,20 @@ class TemplateError(Exception):
 
 def patterns(template: tree.Template) -> list[Pattern]:
     """All patterns of a template; TemplateError if one of them is not read in one way."""
+    known = _known.get(id(template))
+    if known is None or known[0] is not template:
+        known = _known[id(template)] = (template, _patterns(template))
+        if len(_known) > MAX_KNOWN:
+            _known.clear()
+    return known[1]
+
+
+# Templates are asked for their patterns again and again; comparing them to find them would cost more than making them.
+_known: dict[int, tuple[tree.Template, list[Pattern]]] = {}
+MAX_KNOWN = 100_000
+
+
+def _patterns(template: tree.Template) -> list[Pattern]:
     holes = {p.name: p for p in template.parts if isinstance(p, tree.EnumHole)}
     count = 1
     for hole in holes.values():
@@ -142,7 +162,7 @@ Equality = tuple[tree.Expr, tree.Expr]
 
 def unify(one: Pattern, other: Pattern) -> list[Equality] | None:
     """The equations under which both patterns read one name; None where no name fits both."""
-    ones, others = _aligned(one.segments, other.segments)
+    ones, others = _aligned(one, other)
     if ones is None or others is None:
         return None
     equations: list[Equality] = []
@@ -156,28 +176,25 @@ def unify(one: Pattern, other: Pattern) -> list[Equality] | None:
     return equations
 
 
-def _aligned(
-    ones: tuple[Segment, ...], others: tuple[Segment, ...]
-) -> tuple[tuple[Segment, ...] | None, tuple[Segment, ...] | None]:
+Segments = tuple[Segment, ...]
+
+
+def _aligned(one: Pattern, other: Pattern) -> tuple[Segments | None, Segments | None]:
     """Segments that face each other. A `{..}` takes as many as it needs, at least one."""
-    many, other_many = _place_of_many(ones), _place_of_many(others)
-    if many is None and other_many is None:
+    ones, others = one.segments, other.segments
+    if one.many is None and other.many is None:
         return (ones, others) if len(ones) == len(others) else (None, None)
-    if many is None:
-        swapped = _aligned(others, ones)
+    if one.many is None:
+        swapped = _aligned(other, one)
         return swapped[1], swapped[0]
-    before, after = ones[:many], ones[many + 1 :]
-    if other_many is None:
+    before, after = ones[: one.many], ones[one.many + 1 :]
+    if other.many is None:
         if len(others) < len(before) + 1 + len(after):
             return None, None
         return before + after, others[: len(before)] + others[len(others) - len(after) :]
     # Both stretch: a long name fits both as soon as their beginnings and their ends agree as far as both reach.
-    head, tail = min(many, other_many), min(len(after), len(others) - other_many - 1)
+    head, tail = min(one.many, other.many), min(len(after), len(others) - other.many - 1)
     return ones[:head] + ones[len(ones) - tail :], others[:head] + others[len(others) - tail :]
-
-
-def _place_of_many(segments: tuple[Segment, ...]) -> int | None:
-    return next((n for n, s in enumerate(segments) if isinstance(s, Wildcard) and s.many), None)
 
 
 def _unify_segment(left: tuple[Token, ...], right: tuple[Token, ...]) -> list[Equality] | None:
@@ -235,9 +252,8 @@ def _covers(wide: tuple[Segment, ...], narrow: tuple[Segment, ...]) -> bool:
 def read(pattern: Pattern, name: str) -> tuple[list[tuple[tree.Expr, int]], dict[str, str]] | None:
     """How a pattern reads a name: the number in each hole and the text of each wildcard; None if it does not."""
     segments = name.split(".")
-    many = _place_of_many(pattern.segments)
     taken = len(segments) - len(pattern.segments) + 1
-    if taken < 1 or (many is None and taken != 1):
+    if taken < 1 or (pattern.many is None and taken != 1):
         return None
     numbers: list[tuple[tree.Expr, int]] = []
     texts: dict[str, str] = {}

@@ -20,7 +20,7 @@ from mapdsl.compiler.formula import EvaluationError, evaluate
 from mapdsl.compiler.names import patterns
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import error
-from mapdsl.runtime.sizes import shape_of
+from mapdsl.runtime.sizes import SizeError, axis_sizes, shape_of
 from mapdsl.testing.bits import FLOATS, PLAIN_DTYPES, bits, ordinary, random_bits
 from mapdsl.testing.configs import EVEN_SIZES, SIZES, ContradictionError
 from mapdsl.testing.readers import Readers, bindings
@@ -132,6 +132,7 @@ class Drawer:
         if empty := sorted(axis for axis in absorbed if not sizes.get(axis, 1)):
             # One side would have a tensor without elements, the other none at all.
             raise ContradictionError(f"the axis `{empty[0]}` is empty, and lives in names on one side only")
+        self._check_sizes(match, rule, sizes)
         group = Group(match, rule, sizes, [])
         if rule.value is not None and not isinstance(rule.value.content, tree.Template):
             self._constant(group, side)
@@ -158,6 +159,20 @@ class Drawer:
             pool = [n for n in pool if n < 8] + [8, 9]
         self.rng.shuffle(pool)
         return sizes | {axis: pool.pop() if pool else 2 for axis in free if axis is not None}
+
+    def _check_sizes(self, match: Match, rule: ir.Rule, sizes: dict[str, int]) -> None:
+        """Sizes must follow from the tensors of each side: of `(g c)` with no g, nobody can tell c."""
+        for side in ("left", "right"):
+            known = self.expansion.sizes(match)
+            for place in range(len(rule.side(side))):
+                pattern = self.expansion.pattern(match.rule, side, place)
+                shape = () if pattern is None else shape_of(pattern, sizes)
+                if pattern is None or None in shape:
+                    continue
+                try:
+                    known |= axis_sizes(pattern, [size or 0 for size in shape], known)
+                except SizeError as err:
+                    raise ContradictionError(str(err)) from None
 
     def _plan(
         self, match: Match, rule: ir.Rule, side: str, sizes: dict[str, int]

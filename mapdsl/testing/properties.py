@@ -115,12 +115,12 @@ def asked_once(example: Example) -> None:
 def one_missing(example: Example) -> None:
     """Without one tensor of a group: R605 naming it, from either side."""
     for state in (example.left, example.right):
-        for name, payload in _sampled(example, _needed(state)):
+        for name, *others in _sampled(example, _needed(state)):
             rest = {n: t for n, t in state.tensors().items() if n != name}
             if state.side == "left" and _answers(example, rest) != _answers(example, state.tensors()):
                 continue
-            # Without its companion nobody can tell which one a payload had: then the payload is named.
-            _refused(example, state.side, rest, "R605", (name, payload), f"{name} is missing")
+            # Without a companion nobody can tell which one the payload had, nor without a payload which it was.
+            _refused(example, state.side, rest, "R605", (name, *others), f"{name} is missing")
 
 
 def one_too_many(example: Example) -> None:
@@ -285,15 +285,15 @@ def _asked(source: Counted, may_be_left: set[str]) -> None:
             raise PropertyError(f"{name} is asked for {count} times")
 
 
-def _needed(state: State) -> list[tuple[str, str]]:
-    """Names whose absence alone is an error, with their payload's: not those of a tensor that may be absent by itself."""
+def _needed(state: State) -> list[tuple[str, ...]]:
+    """Names whose absence alone is an error, with their payload's and the rule's: not of what may be absent by itself."""
     needed = []
     for group in state.groups:
         may_be_absent = not group.kept or (group.rule.optional and len(group.tensors) == 1)
         if may_be_absent or any(key[0] == "{" for key in group.match.values):
             continue
         for tensor in group.tensors:
-            needed += [(n, next(iter(tensor.parts))) for n in tensor.parts if n not in state.legacy]
+            needed += [(n, next(iter(tensor.parts)), tensor.named.name) for n in tensor.parts if n not in state.legacy]
     return needed
 
 

@@ -45,7 +45,7 @@ class Placement:
         absorbed = self.absorbed(piece, side)
         views = [self.view(tensors[place], piece, side) for place in self.places(piece, side, tensors)]
         counts = [self.sizes[axis] for axis in absorbed]
-        return [*absorbed, *piece.axes], torch.stack(views).reshape(*counts, *views[0].shape)
+        return [*absorbed, *piece.axes], torch.stack(views).reshape([*counts, *views[0].shape])
 
     def scatter(self, made: Tensors, piece: Piece, side: int, axes: list[str], array: Tensor) -> None:
         """Write an array to its places; axes that it lacks are copies, those that only it has are equal throughout."""

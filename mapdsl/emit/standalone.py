@@ -1,0 +1,196 @@
+"""An adapter in one file that needs torch alone: the modules of the runtime that it uses, taken in, and the adapter.
+
+The runtime's modules are read as they are when this runs. Their imports of each other go, the others are merged at the
+top, and each module's code follows those that it needs, so that nothing is used before it stands there.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from mapdsl import __version__
+from mapdsl.compiler.check import Checked
+from mapdsl.emit.adapter import adapter_source, environment
+
+_RUNTIME = "mapdsl.runtime"
+
+
+@dataclass
+class Module:
+    """One module: what it imports from the runtime and from elsewhere, its docstring, and its code without imports."""
+
+    name: str
+    title: str
+    needs: list[str]
+    imports: list[ast.Import | ast.ImportFrom]
+    code: str
+    defines: set[str] = field(default_factory=set)
+
+
+def standalone_source(checked: Checked, command: str = "mapdsl compile --standalone") -> str:
+    """The source of an adapter of which torch and the standard library are all that it imports."""
+    adapter = _module("adapter", adapter_source(checked, command))
+    modules = list(_in_order(adapter.needs, {}))
+    _refuse_clashes([*modules, adapter])
+    text = (
+        environment()
+        .get_template("standalone.py.jinja")
+        .render(
+            title=adapter.title,
+            version=__version__,
+            imports=_import_lines([*modules, adapter]),
+            modules=modules,
+            adapter=adapter.code,
+        )
+    )
+    return text.rstrip("\n") + "\n"
+
+
+def _in_order(names: list[str], seen: dict[str, None]) -> Iterator[Module]:
+    """The modules of these names and all that they need, what is needed first."""
+    for name in names:
+        if name in seen:
+            continue
+        seen[name] = None
+        module = _module(name, _source_of(name))
+        yield from _in_order(module.needs, seen)
+        yield module
+
+
+def _source_of(name: str) -> str:
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise AssertionError(f"the runtime has no module {name}")
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _module(name: str, source: str) -> Module:
+    """A module in its parts."""
+    parsed = ast.parse(source)
+    title = ast.get_docstring(parsed, clean=False) or ""
+    needs: list[str] = []
+    imports: list[ast.Import | ast.ImportFrom] = []
+    cut = _Lines(source)
+    for number, node in enumerate(parsed.body):
+        if number == 0 and title:
+            cut.remove(node)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            _sort_import(node, needs, imports)
+            cut.remove(node)
+        elif _is_type_checking(node) or _assigned(node) == {"__all__"}:
+            cut.remove(node)
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.ImportFrom) and _is_ours(node) and node not in parsed.body and not cut.holds(node):
+            _sort_import(node, needs, [])
+            cut.remove(node)
+    defines = {word for node in parsed.body for word in _assigned(node)} - {"__all__"}
+    return Module(name, title, list(dict.fromkeys(needs)), imports, cut.text(), defines)
+
+
+class _Lines:
+    """The lines of a source, some of them taken out. A comment above what is taken out goes with it."""
+
+    def __init__(self, source: str) -> None:
+        self.lines = source.splitlines()
+        self.gone: set[int] = set()
+
+    def remove(self, node: ast.stmt) -> None:
+        self.gone |= set(range(node.lineno - 1, node.end_lineno or node.lineno))
+
+    def holds(self, node: ast.stmt) -> bool:
+        """Whether it is out already."""
+        return node.lineno - 1 in self.gone
+
+    def text(self) -> str:
+        """What is left, with at most two empty lines together."""
+        kept: list[str] = []
+        for number, line in enumerate(self.lines):
+            if number in self.gone or (not line.strip() and kept[-2:] in ([], ["", ""])):
+                continue
+            kept.append(line.rstrip())
+        return "\n".join(kept).strip("\n")
+
+
+def _sort_import(
+    node: ast.Import | ast.ImportFrom, needs: list[str], imports: list[ast.Import | ast.ImportFrom]
+) -> None:
+    """Note an import as one of the runtime's own or as another one."""
+    if not _is_ours(node):
+        imports.append(node)
+        return
+    for alias in node.names:
+        if alias.asname is not None:
+            raise AssertionError(f"the runtime imports {alias.name} under another name")
+        inner = f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+        needs.append(inner if isinstance(node, ast.ImportFrom) and _is_module(inner) else _home(node, alias))
+
+
+def _home(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> str:
+    return (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
+
+
+def _is_module(name: str) -> bool:
+    if find_spec(name) is None:
+        return False
+    raise AssertionError(f"the runtime imports the module {name}; import its names instead, so that it can be taken in")
+
+
+def _is_ours(node: ast.Import | ast.ImportFrom) -> bool:
+    names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+    return any(name == "mapdsl" or name.startswith("mapdsl.") for name in names)
+
+
+def _is_type_checking(node: ast.stmt) -> bool:
+    """`if TYPE_CHECKING:`; what it imports is there already, or nowhere needed."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _assigned(node: ast.stmt) -> set[str]:
+    """The names that a statement of a module defines."""
+    match node:
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            return {name}
+        case ast.Assign(targets=targets):
+            return {target.id for target in targets if isinstance(target, ast.Name)}
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return {name}
+    return set()
+
+
+def _refuse_clashes(modules: list[Module]) -> None:
+    """Two modules with one name would overwrite each other: no such runtime is ever compiled in."""
+    homes: dict[str, str] = {}
+    for module in modules:
+        for name in sorted(module.defines):
+            if homes.setdefault(name, module.name) != module.name:
+                raise AssertionError(f"{name} is defined in {homes[name]} and in {module.name}; one needs another name")
+
+
+def _import_lines(modules: list[Module]) -> list[str]:
+    """All imports from outside, merged, as linters sort them: the standard library, then torch."""
+    plain: set[str] = set()
+    members: dict[str, set[str]] = {}
+    for module in modules:
+        for node in module.imports:
+            if isinstance(node, ast.Import):
+                plain |= {alias.name if alias.asname is None else f"{alias.name} as {alias.asname}" for alias in node.names}
+            elif node.module not in ("__future__", "typing") or any(a.name != "TYPE_CHECKING" for a in node.names):
+                members.setdefault(node.module or "", set()).update(a.name for a in node.names)
+    members.pop("__future__", None)
+    members.get("typing", set()).discard("TYPE_CHECKING")
+    own, foreign = [], []
+    for name in sorted(plain):
+        (own if name.partition(".")[0] in sys.stdlib_module_names else foreign).append(f"import {name}")
+    for name, words in sorted(members.items()):
+        line = f"from {name} import {', '.join(sorted(words, key=_order))}"
+        (own if name.partition(".")[0] in sys.stdlib_module_names else foreign).append(line)
+    return [*own, "", *foreign]
+
+
+def _order(name: str) -> tuple[int, str]:
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)

@@ -1,0 +1,1501 @@
+"""Adapter of deepseek_v4: hf <-> native.
+
+Generated from deepseek_v4.map (sha256 36a0e0de57d87751).
+Do not edit: change the map and run `mapdsl compile`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mapdsl.runtime.adapter import Adapter, Keys
+from mapdsl.runtime.codecs.block_scaled import BlockScaled
+from mapdsl.runtime.complement import RAW
+from mapdsl.runtime.config import Config
+from mapdsl.runtime.items import positions
+from mapdsl.runtime.put import Put
+from mapdsl.runtime.take import Take
+
+FP8 = BlockScaled(
+    "fp8",
+    "f8e4m3",
+    block=(128, 128),
+    scale="{stem}.scale",
+    scale_dtypes=("f8e8m0", "f32"),
+)
+FP8V3 = BlockScaled("fp8v3", "f8e4m3", block=(128, 128), scale="{key}_scale_inv")
+FP4 = BlockScaled(
+    "fp4", "f4e2m1", block=(1, 32), scale="{stem}.scale", scale_dtypes=("f8e8m0",)
+)
+FP8_FP8V3_RAW = (FP8, FP8V3, RAW)
+FP4_FP8_FP8V3_RAW = (FP4, FP8, FP8V3, RAW)
+RAW_FP8_FP8V3 = (RAW, FP8, FP8V3)
+
+
+class DeepseekV4Adapter(Adapter):
+    """Converts states of deepseek_v4 between `hf` (stored) and `native`."""
+
+    MAP = "deepseek_v4"
+    LEFT = "hf"
+    RIGHT = "native"
+
+    def set_params(self, config: Config) -> None:
+        """Params of the map, from the config of the `hf` checkpoint."""
+        self.L = config.param("L", lambda: config.field("num_hidden_layers"))
+        self.H = config.param(
+            "H",
+            lambda: config.field("num_hash_layers"),
+            lambda: len(positions(config.field("mlp_layer_types"), "hash_moe")),
+            lambda: 0,
+        )
+        self.M = config.param(
+            "M", lambda: config.field("num_nextn_predict_layers"), lambda: 0
+        )
+        self.vision = config.param(
+            "vision", lambda: config.field("vision_n_layers"), lambda: 0
+        )
+        self.stated = config.param(
+            "stated",
+            lambda: len(config.field("compress_ratios")),
+            lambda: len(config.field("layer_types")),
+            lambda: 0,
+        )
+        self.sliding = config.param(
+            "sliding",
+            lambda: positions(config.field("compress_ratios"), 0),
+            lambda: positions(config.field("layer_types"), "sliding_attention"),
+            lambda: [],
+        )
+        self.sparse = config.param(
+            "sparse",
+            lambda: positions(config.field("compress_ratios"), 4),
+            lambda: positions(config.field("layer_types"), "compressed_sparse_attention"),
+            lambda: [],
+        )
+        self.V = config.param("V", lambda: config.field("vocab_size"))
+        self.D = config.param("D", lambda: config.field("hidden_size"))
+        self.Din = config.param("Din", lambda: config.field("hidden_size"))
+        self.A = config.param("A", lambda: config.field("num_attention_heads"))
+        self.C = config.param("C", lambda: config.field("head_dim"))
+        self.Q = config.param("Q", lambda: config.field("q_lora_rank"))
+        self.G = config.param("G", lambda: config.field("o_groups"))
+        self.O = config.param("O", lambda: config.field("o_lora_rank"))
+        self.P = config.param(
+            "P",
+            lambda: config.field("num_attention_heads") * config.field("head_dim") // config.field("o_groups"),
+        )
+        self.IA = config.param("IA", lambda: config.field("index_n_heads"))
+        self.IC = config.param("IC", lambda: config.field("index_head_dim"))
+        self.E = config.param("E", lambda: config.field("n_routed_experts"))
+        self.T = config.param("T", lambda: config.field("num_experts_per_tok"))
+        self.F = config.param("F", lambda: config.field("moe_intermediate_size"))
+        self.S = config.param("S", lambda: config.field("n_shared_experts"), lambda: 1)
+        self.Z = config.param(
+            "Z",
+            lambda: config.field("moe_latent_size"),
+            lambda: config.field("hidden_size"),
+        )
+        self.R = config.param("R", lambda: config.field("hc_mult"))
+        self.W = config.param(
+            "W", lambda: config.field("hc_mult") * config.field("hidden_size")
+        )
+        self.X = config.param(
+            "X", lambda: config.field("hc_mult") * (config.field("hc_mult") + 2)
+        )
+
+    def accept(self, take: Take) -> None:
+        """Legacy spellings and layout variants of the `hf` side."""
+        # 121: accept layers.{L+k}.{..} for mtp.{k}.{..}
+        for k in range(self.M):
+            take.accept(f"layers.{self.L + k}.**", f"mtp.{k}.**")
+        # 122: accept model.layers.{L+k}.{..} for mtp.{k}.{..}
+        for k in range(self.M):
+            take.accept(f"model.layers.{self.L + k}.**", f"mtp.{k}.**")
+
+    def from_hf(
+        self, state_dict: Mapping[str, Tensor], **options: Any
+    ) -> dict[str, Tensor]:
+        """The `native` state of a `hf` state; options as in `Adapter.read`."""
+        return self.read(state_dict, **options)
+
+    def to_hf(
+        self, state_dict: Mapping[str, Tensor], **options: Any
+    ) -> dict[str, Tensor]:
+        """The `hf` state of a `native` state; options as in `Adapter.write`."""
+        return self.write(state_dict, **options)
+
+    def convert_single_tensor_to_hf(
+        self, name: str, tensor: Tensor, **options: Any
+    ) -> list[tuple[str, Tensor]]:
+        """The `hf` tensors of one `native` tensor."""
+        return self.write_one(name, tensor, **options)
+
+    def hf_keys(self, *, quantization: bool = True) -> Keys:
+        """Names of the `hf` side, shapes and dtypes where they are fixed."""
+        return self.left_keys(quantization=quantization)
+
+    def native_keys(self) -> Keys:
+        """Names of the `native` side, shapes and dtypes where they are fixed."""
+        return self.right_keys()
+
+    def to_right(self, take: Take, put: Put) -> None:
+        """`hf` -> `native`."""
+        # 43: embed.weight <-> model.embed_tokens.weight [V D]
+        put(
+            "model.embed_tokens.weight",
+            take("embed.weight", shape="V D", V=self.V, D=self.D),
+        )
+        # 44: norm.weight <-> model.norm.weight [D]
+        put("model.norm.weight", take("norm.weight", shape="D", D=self.D))
+        # 45: head.weight <-> lm_head.weight [V D]
+        put("lm_head.weight", take("head.weight", shape="V D", V=self.V, D=self.D))
+        # 46: hc_head_fn <-> model.hc_head.hc_fn [R W]
+        put("model.hc_head.hc_fn", take("hc_head_fn", shape="R W", R=self.R, W=self.W))
+        # 47: hc_head_base <-> model.hc_head.hc_base [R]
+        put("model.hc_head.hc_base", take("hc_head_base", shape="R", R=self.R))
+        # 48: hc_head_scale <-> model.hc_head.hc_scale [1]
+        put("model.hc_head.hc_scale", take("hc_head_scale", shape="1"))
+        if self.vision > 0:
+            # 113: image_{t:start|end|newline|pad} <-> model.image_{t} [D] where vision > 0
+            for t in ("start", "end", "newline", "pad"):
+                put(f"model.image_{t}", take(f"image_{t}", shape="D", D=self.D))
+
+        for i in range(self.L):
+            # 52: attn_norm.weight <-> input_layernorm.weight [D]
+            put(
+                f"model.layers.{i}.input_layernorm.weight",
+                take(f"layers.{i}.attn_norm.weight", shape="D", D=self.D),
+            )
+            # 53: ffn_norm.weight <-> post_attention_layernorm.weight [D]
+            put(
+                f"model.layers.{i}.post_attention_layernorm.weight",
+                take(f"layers.{i}.ffn_norm.weight", shape="D", D=self.D),
+            )
+            # 54: hc_{s:attn|ffn}_fn <-> {s}_hc.fn [X W]
+            for s in ("attn", "ffn"):
+                put(
+                    f"model.layers.{i}.{s}_hc.fn",
+                    take(f"layers.{i}.hc_{s}_fn", shape="X W", X=self.X, W=self.W),
+                )
+            # 55: hc_{s:attn|ffn}_base <-> {s}_hc.base [X]
+            for s in ("attn", "ffn"):
+                put(
+                    f"model.layers.{i}.{s}_hc.base",
+                    take(f"layers.{i}.hc_{s}_base", shape="X", X=self.X),
+                )
+            # 56: hc_{s:attn|ffn}_scale <-> {s}_hc.scale [3]
+            for s in ("attn", "ffn"):
+                put(
+                    f"model.layers.{i}.{s}_hc.scale",
+                    take(f"layers.{i}.hc_{s}_scale", shape="3"),
+                )
+            # 58: attn.attn_sink <-> self_attn.sinks_param.weight [A]
+            put(
+                f"model.layers.{i}.self_attn.sinks_param.weight",
+                take(f"layers.{i}.attn.attn_sink", shape="A", A=self.A),
+            )
+            # 59: attn.q_norm.weight <-> self_attn.q_norm.weight [Q]
+            put(
+                f"model.layers.{i}.self_attn.q_norm.weight",
+                take(f"layers.{i}.attn.q_norm.weight", shape="Q", Q=self.Q),
+            )
+            # 60: attn.kv_norm.weight <-> self_attn.kv_norm.weight [C]
+            put(
+                f"model.layers.{i}.self_attn.kv_norm.weight",
+                take(f"layers.{i}.attn.kv_norm.weight", shape="C", C=self.C),
+            )
+            # 61: attn.wq_a.weight as fp8|fp8v3|raw <-> self_attn.wq_a.weight [Q D]
+            put(
+                f"model.layers.{i}.self_attn.wq_a.weight",
+                take(
+                    f"layers.{i}.attn.wq_a.weight",
+                    FP8_FP8V3_RAW,
+                    shape="Q D",
+                    Q=self.Q,
+                    D=self.D,
+                ),
+            )
+            # 62: attn.wq_b.weight as fp8|fp8v3|raw <-> self_attn.wq_b.weight [(A C) Q]
+            put(
+                f"model.layers.{i}.self_attn.wq_b.weight",
+                take(
+                    f"layers.{i}.attn.wq_b.weight",
+                    FP8_FP8V3_RAW,
+                    shape="(A C) Q",
+                    A=self.A,
+                    C=self.C,
+                    Q=self.Q,
+                ),
+            )
+            # 63: attn.wkv.weight as fp8|fp8v3|raw <-> self_attn.wkv.weight [C D]
+            put(
+                f"model.layers.{i}.self_attn.wkv.weight",
+                take(
+                    f"layers.{i}.attn.wkv.weight",
+                    FP8_FP8V3_RAW,
+                    shape="C D",
+                    C=self.C,
+                    D=self.D,
+                ),
+            )
+            # 64: attn.wo_a.weight as fp8|fp8v3|raw <-> self_attn.wo_a.weight [(G O) P]
+            put(
+                f"model.layers.{i}.self_attn.wo_a.weight",
+                take(
+                    f"layers.{i}.attn.wo_a.weight",
+                    FP8_FP8V3_RAW,
+                    shape="(G O) P",
+                    G=self.G,
+                    O=self.O,
+                    P=self.P,
+                ),
+            )
+            # 65: attn.wo_b.weight as fp8|fp8v3|raw <-> self_attn.wo_b.weight [D (G O)]
+            put(
+                f"model.layers.{i}.self_attn.wo_b.weight",
+                take(
+                    f"layers.{i}.attn.wo_b.weight",
+                    FP8_FP8V3_RAW,
+                    shape="D (G O)",
+                    D=self.D,
+                    G=self.G,
+                    O=self.O,
+                ),
+            )
+            # 67: ffn.gate.weight <-> mlp.gate.weight [E D]
+            put(
+                f"model.layers.{i}.mlp.gate.weight",
+                take(f"layers.{i}.ffn.gate.weight", shape="E D", E=self.E, D=self.D),
+            )
+            if self.vision > 0:
+                # 68: ffn.gate.bias_vl <-> mlp.gate.bias_vl [E] where vision > 0
+                put(
+                    f"model.layers.{i}.mlp.gate.bias_vl",
+                    take(f"layers.{i}.ffn.gate.bias_vl", shape="E", E=self.E),
+                )
+            # 69: ffn.shared_experts.{j:w1|w3}.weight as fp8|fp8v3|raw <-> mlp.shared_experts.{j:gate|up}_proj.weight [(S F) D]
+            for hf_j, native_j in (("w1", "gate"), ("w3", "up")):
+                put(
+                    f"model.layers.{i}.mlp.shared_experts.{native_j}_proj.weight",
+                    take(
+                        f"layers.{i}.ffn.shared_experts.{hf_j}.weight",
+                        FP8_FP8V3_RAW,
+                        shape="(S F) D",
+                        S=self.S,
+                        F=self.F,
+                        D=self.D,
+                    ),
+                )
+            # 70: ffn.shared_experts.w2.weight as fp8|fp8v3|raw <-> mlp.shared_experts.down_proj.weight [D (S F)]
+            put(
+                f"model.layers.{i}.mlp.shared_experts.down_proj.weight",
+                take(
+                    f"layers.{i}.ffn.shared_experts.w2.weight",
+                    FP8_FP8V3_RAW,
+                    shape="D (S F)",
+                    D=self.D,
+                    S=self.S,
+                    F=self.F,
+                ),
+            )
+            # 71: ffn.experts.{e}.{j:w1|w3}.weight [F Z] as fp4|fp8|fp8v3|raw <-> mlp.experts.gate_and_up_projs [e Z (j F)]
+            hf_names = {
+                (e, j): f"layers.{i}.ffn.experts.{e}.{hf_j}.weight"
+                for e in range(self.E)
+                for j, hf_j in enumerate(("w1", "w3"))
+            }
+            native_name = f"model.layers.{i}.mlp.experts.gate_and_up_projs"
+            if take.group(
+                hf_names.values(), FP4_FP8_FP8V3_RAW, shape="F Z", F=self.F, Z=self.Z
+            ):
+                native = take.empty(self.E, self.Z, 2 * self.F)
+                for (e, j), name in hf_names.items():
+                    take.into(
+                        native.unflatten(2, (2, self.F))[e, :, j].T,
+                        name,
+                        FP4_FP8_FP8V3_RAW,
+                    )
+                put(native_name, native)
+            # 72: ffn.experts.{e}.w2.weight [Z F] as fp4|fp8|fp8v3|raw <-> mlp.experts.down_projs [e F Z]
+            hf_names = {
+                e: f"layers.{i}.ffn.experts.{e}.w2.weight" for e in range(self.E)
+            }
+            native_name = f"model.layers.{i}.mlp.experts.down_projs"
+            if take.group(
+                hf_names.values(), FP4_FP8_FP8V3_RAW, shape="Z F", Z=self.Z, F=self.F
+            ):
+                native = take.empty(self.E, self.F, self.Z)
+                for e, name in hf_names.items():
+                    take.into(native[e].T, name, FP4_FP8_FP8V3_RAW)
+                put(native_name, native)
+            # 73: ffn.fc1_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc1_latent_proj.weight [u D] optional
+            put(
+                f"model.layers.{i}.mlp.fc1_latent_proj.weight",
+                take(
+                    f"layers.{i}.ffn.fc1_latent_proj.weight",
+                    RAW_FP8_FP8V3,
+                    shape="u D",
+                    D=self.D,
+                    optional=True,
+                ),
+            )
+            # 74: ffn.fc2_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc2_latent_proj.weight [D u] optional
+            put(
+                f"model.layers.{i}.mlp.fc2_latent_proj.weight",
+                take(
+                    f"layers.{i}.ffn.fc2_latent_proj.weight",
+                    RAW_FP8_FP8V3,
+                    shape="D u",
+                    D=self.D,
+                    optional=True,
+                ),
+            )
+            if i < self.H:
+                # 78: ffn.gate.tid2eid <-> mlp.gate.tid2eid [V T] where i < H
+                put(
+                    f"model.layers.{i}.mlp.gate.tid2eid",
+                    take(
+                        f"layers.{i}.ffn.gate.tid2eid", shape="V T", V=self.V, T=self.T
+                    ),
+                )
+            if i >= self.H or self.vision > 0:
+                # 79: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E] where i >= H or vision > 0
+                put(
+                    f"model.layers.{i}.mlp.gate.e_score_correction_bias",
+                    take(f"layers.{i}.ffn.gate.bias", shape="E", E=self.E),
+                )
+            if i < self.stated and i not in self.sliding:
+                # 93: compressor.norm.weight <-> compressor.kv_norm.weight [C]
+                put(
+                    f"model.layers.{i}.self_attn.compressor.kv_norm.weight",
+                    take(
+                        f"layers.{i}.attn.compressor.norm.weight", shape="C", C=self.C
+                    ),
+                )
+            if i in self.sparse:
+                # 98: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
+                put(
+                    f"model.layers.{i}.self_attn.compressor.ape_param.weight",
+                    take(f"layers.{i}.attn.compressor.ape", shape="4 (2 C)", C=self.C),
+                )
+                # 99: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
+                for w in ("wgate", "wkv"):
+                    put(
+                        f"model.layers.{i}.self_attn.compressor.{w}.weight",
+                        take(
+                            f"layers.{i}.attn.compressor.{w}.weight",
+                            shape="(2 C) D",
+                            C=self.C,
+                            D=self.D,
+                        ),
+                    )
+                # 100: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
+                put(
+                    f"model.layers.{i}.self_attn.compressor.indexer.ape_param.weight",
+                    take(
+                        f"layers.{i}.attn.indexer.compressor.ape",
+                        shape="4 (2 IC)",
+                        IC=self.IC,
+                    ),
+                )
+                # 101: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
+                put(
+                    f"model.layers.{i}.self_attn.compressor.indexer.kv_norm.weight",
+                    take(
+                        f"layers.{i}.attn.indexer.compressor.norm.weight",
+                        shape="IC",
+                        IC=self.IC,
+                    ),
+                )
+                # 102: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
+                for w in ("wgate", "wkv"):
+                    put(
+                        f"model.layers.{i}.self_attn.compressor.indexer.{w}.weight",
+                        take(
+                            f"layers.{i}.attn.indexer.compressor.{w}.weight",
+                            shape="(2 IC) D",
+                            IC=self.IC,
+                            D=self.D,
+                        ),
+                    )
+                # 103: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
+                put(
+                    f"model.layers.{i}.self_attn.compressor.indexer.wq_b.weight",
+                    take(
+                        f"layers.{i}.attn.indexer.wq_b.weight",
+                        FP8_FP8V3_RAW,
+                        shape="(IA IC) Q",
+                        IA=self.IA,
+                        IC=self.IC,
+                        Q=self.Q,
+                    ),
+                )
+                # 104: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
+                put(
+                    f"model.layers.{i}.self_attn.compressor.indexer.weights_proj.weight",
+                    take(
+                        f"layers.{i}.attn.indexer.weights_proj.weight",
+                        shape="IA D",
+                        IA=self.IA,
+                        D=self.D,
+                    ),
+                )
+            if i < self.stated and i not in self.sliding and i not in self.sparse:
+                # 109: compressor.ape <-> compressor.ape_param.weight [r C]
+                put(
+                    f"model.layers.{i}.self_attn.compressor.ape_param.weight",
+                    take(f"layers.{i}.attn.compressor.ape", shape="r C", C=self.C),
+                )
+                # 110: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [C D]
+                for w in ("wgate", "wkv"):
+                    put(
+                        f"model.layers.{i}.self_attn.compressor.{w}.weight",
+                        take(
+                            f"layers.{i}.attn.compressor.{w}.weight",
+                            shape="C D",
+                            C=self.C,
+                            D=self.D,
+                        ),
+                    )
+
+        for k in range(self.M):
+            # 52: attn_norm.weight <-> input_layernorm.weight [D]
+            put(
+                f"mtp.layers.{k}.input_layernorm.weight",
+                take(f"mtp.{k}.attn_norm.weight", shape="D", D=self.D),
+            )
+            # 53: ffn_norm.weight <-> post_attention_layernorm.weight [D]
+            put(
+                f"mtp.layers.{k}.post_attention_layernorm.weight",
+                take(f"mtp.{k}.ffn_norm.weight", shape="D", D=self.D),
+            )
+            # 54: hc_{s:attn|ffn}_fn <-> {s}_hc.fn [X W]
+            for s in ("attn", "ffn"):
+                put(
+                    f"mtp.layers.{k}.{s}_hc.fn",
+                    take(f"mtp.{k}.hc_{s}_fn", shape="X W", X=self.X, W=self.W),
+                )
+            # 55: hc_{s:attn|ffn}_base <-> {s}_hc.base [X]
+            for s in ("attn", "ffn"):
+                put(
+                    f"mtp.layers.{k}.{s}_hc.base",
+                    take(f"mtp.{k}.hc_{s}_base", shape="X", X=self.X),
+                )
+            # 56: hc_{s:attn|ffn}_scale <-> {s}_hc.scale [3]
+            for s in ("attn", "ffn"):
+                put(
+                    f"mtp.layers.{k}.{s}_hc.scale",
+                    take(f"mtp.{k}.hc_{s}_scale", shape="3"),
+                )
+            # 58: attn.attn_sink <-> self_attn.sinks_param.weight [A]
+            put(
+                f"mtp.layers.{k}.self_attn.sinks_param.weight",
+                take(f"mtp.{k}.attn.attn_sink", shape="A", A=self.A),
+            )
+            # 59: attn.q_norm.weight <-> self_attn.q_norm.weight [Q]
+            put(
+                f"mtp.layers.{k}.self_attn.q_norm.weight",
+                take(f"mtp.{k}.attn.q_norm.weight", shape="Q", Q=self.Q),
+            )
+            # 60: attn.kv_norm.weight <-> self_attn.kv_norm.weight [C]
+            put(
+                f"mtp.layers.{k}.self_attn.kv_norm.weight",
+                take(f"mtp.{k}.attn.kv_norm.weight", shape="C", C=self.C),
+            )
+            # 61: attn.wq_a.weight as fp8|fp8v3|raw <-> self_attn.wq_a.weight [Q D]
+            put(
+                f"mtp.layers.{k}.self_attn.wq_a.weight",
+                take(
+                    f"mtp.{k}.attn.wq_a.weight",
+                    FP8_FP8V3_RAW,
+                    shape="Q D",
+                    Q=self.Q,
+                    D=self.D,
+                ),
+            )
+            # 62: attn.wq_b.weight as fp8|fp8v3|raw <-> self_attn.wq_b.weight [(A C) Q]
+            put(
+                f"mtp.layers.{k}.self_attn.wq_b.weight",
+                take(
+                    f"mtp.{k}.attn.wq_b.weight",
+                    FP8_FP8V3_RAW,
+                    shape="(A C) Q",
+                    A=self.A,
+                    C=self.C,
+                    Q=self.Q,
+                ),
+            )
+            # 63: attn.wkv.weight as fp8|fp8v3|raw <-> self_attn.wkv.weight [C D]
+            put(
+                f"mtp.layers.{k}.self_attn.wkv.weight",
+                take(
+                    f"mtp.{k}.attn.wkv.weight",
+                    FP8_FP8V3_RAW,
+                    shape="C D",
+                    C=self.C,
+                    D=self.D,
+                ),
+            )
+            # 64: attn.wo_a.weight as fp8|fp8v3|raw <-> self_attn.wo_a.weight [(G O) P]
+            put(
+                f"mtp.layers.{k}.self_attn.wo_a.weight",
+                take(
+                    f"mtp.{k}.attn.wo_a.weight",
+                    FP8_FP8V3_RAW,
+                    shape="(G O) P",
+                    G=self.G,
+                    O=self.O,
+                    P=self.P,
+                ),
+            )
+            # 65: attn.wo_b.weight as fp8|fp8v3|raw <-> self_attn.wo_b.weight [D (G O)]
+            put(
+                f"mtp.layers.{k}.self_attn.wo_b.weight",
+                take(
+                    f"mtp.{k}.attn.wo_b.weight",
+                    FP8_FP8V3_RAW,
+                    shape="D (G O)",
+                    D=self.D,
+                    G=self.G,
+                    O=self.O,
+                ),
+            )
+            # 67: ffn.gate.weight <-> mlp.gate.weight [E D]
+            put(
+                f"mtp.layers.{k}.mlp.gate.weight",
+                take(f"mtp.{k}.ffn.gate.weight", shape="E D", E=self.E, D=self.D),
+            )
+            if self.vision > 0:
+                # 68: ffn.gate.bias_vl <-> mlp.gate.bias_vl [E] where vision > 0
+                put(
+                    f"mtp.layers.{k}.mlp.gate.bias_vl",
+                    take(f"mtp.{k}.ffn.gate.bias_vl", shape="E", E=self.E),
+                )
+            # 69: ffn.shared_experts.{j:w1|w3}.weight as fp8|fp8v3|raw <-> mlp.shared_experts.{j:gate|up}_proj.weight [(S F) D]
+            for hf_j, native_j in (("w1", "gate"), ("w3", "up")):
+                put(
+                    f"mtp.layers.{k}.mlp.shared_experts.{native_j}_proj.weight",
+                    take(
+                        f"mtp.{k}.ffn.shared_experts.{hf_j}.weight",
+                        FP8_FP8V3_RAW,
+                        shape="(S F) D",
+                        S=self.S,
+                        F=self.F,
+                        D=self.D,
+                    ),
+                )
+            # 70: ffn.shared_experts.w2.weight as fp8|fp8v3|raw <-> mlp.shared_experts.down_proj.weight [D (S F)]
+            put(
+                f"mtp.layers.{k}.mlp.shared_experts.down_proj.weight",
+                take(
+                    f"mtp.{k}.ffn.shared_experts.w2.weight",
+                    FP8_FP8V3_RAW,
+                    shape="D (S F)",
+                    D=self.D,
+                    S=self.S,
+                    F=self.F,
+                ),
+            )
+            # 71: ffn.experts.{e}.{j:w1|w3}.weight [F Z] as fp4|fp8|fp8v3|raw <-> mlp.experts.gate_and_up_projs [e Z (j F)]
+            hf_names = {
+                (e, j): f"mtp.{k}.ffn.experts.{e}.{hf_j}.weight"
+                for e in range(self.E)
+                for j, hf_j in enumerate(("w1", "w3"))
+            }
+            native_name = f"mtp.layers.{k}.mlp.experts.gate_and_up_projs"
+            if take.group(
+                hf_names.values(), FP4_FP8_FP8V3_RAW, shape="F Z", F=self.F, Z=self.Z
+            ):
+                native = take.empty(self.E, self.Z, 2 * self.F)
+                for (e, j), name in hf_names.items():
+                    take.into(
+                        native.unflatten(2, (2, self.F))[e, :, j].T,
+                        name,
+                        FP4_FP8_FP8V3_RAW,
+                    )
+                put(native_name, native)
+            # 72: ffn.experts.{e}.w2.weight [Z F] as fp4|fp8|fp8v3|raw <-> mlp.experts.down_projs [e F Z]
+            hf_names = {e: f"mtp.{k}.ffn.experts.{e}.w2.weight" for e in range(self.E)}
+            native_name = f"mtp.layers.{k}.mlp.experts.down_projs"
+            if take.group(
+                hf_names.values(), FP4_FP8_FP8V3_RAW, shape="Z F", Z=self.Z, F=self.F
+            ):
+                native = take.empty(self.E, self.F, self.Z)
+                for e, name in hf_names.items():
+                    take.into(native[e].T, name, FP4_FP8_FP8V3_RAW)
+                put(native_name, native)
+            # 73: ffn.fc1_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc1_latent_proj.weight [u D] optional
+            put(
+                f"mtp.layers.{k}.mlp.fc1_latent_proj.weight",
+                take(
+                    f"mtp.{k}.ffn.fc1_latent_proj.weight",
+                    RAW_FP8_FP8V3,
+                    shape="u D",
+                    D=self.D,
+                    optional=True,
+                ),
+            )
+            # 74: ffn.fc2_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc2_latent_proj.weight [D u] optional
+            put(
+                f"mtp.layers.{k}.mlp.fc2_latent_proj.weight",
+                take(
+                    f"mtp.{k}.ffn.fc2_latent_proj.weight",
+                    RAW_FP8_FP8V3,
+                    shape="D u",
+                    D=self.D,
+                    optional=True,
+                ),
+            )
+            # 83: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E]
+            put(
+                f"mtp.layers.{k}.mlp.gate.e_score_correction_bias",
+                take(f"mtp.{k}.ffn.gate.bias", shape="E", E=self.E),
+            )
+            # 84: {w:e_proj|h_proj}.weight as fp8|fp8v3|raw <-> {w}.weight [D Din]
+            for w in ("e_proj", "h_proj"):
+                put(
+                    f"mtp.layers.{k}.{w}.weight",
+                    take(
+                        f"mtp.{k}.{w}.weight",
+                        FP8_FP8V3_RAW,
+                        shape="D Din",
+                        D=self.D,
+                        Din=self.Din,
+                    ),
+                )
+            # 85: {n:enorm|hnorm|norm}.weight <-> {n}.weight [D]
+            for n in ("enorm", "hnorm", "norm"):
+                put(
+                    f"mtp.layers.{k}.{n}.weight",
+                    take(f"mtp.{k}.{n}.weight", shape="D", D=self.D),
+                )
+            # 86: hc_head_fn <-> hc_head.hc_fn [R W]
+            put(
+                f"mtp.layers.{k}.hc_head.hc_fn",
+                take(f"mtp.{k}.hc_head_fn", shape="R W", R=self.R, W=self.W),
+            )
+            # 87: hc_head_base <-> hc_head.hc_base [R]
+            put(
+                f"mtp.layers.{k}.hc_head.hc_base",
+                take(f"mtp.{k}.hc_head_base", shape="R", R=self.R),
+            )
+            # 88: hc_head_scale <-> hc_head.hc_scale [1]
+            put(
+                f"mtp.layers.{k}.hc_head.hc_scale",
+                take(f"mtp.{k}.hc_head_scale", shape="1"),
+            )
+            if self.L + k < self.stated and self.L + k not in self.sliding:
+                # 93: compressor.norm.weight <-> compressor.kv_norm.weight [C]
+                put(
+                    f"mtp.layers.{k}.self_attn.compressor.kv_norm.weight",
+                    take(f"mtp.{k}.attn.compressor.norm.weight", shape="C", C=self.C),
+                )
+            if self.L + k in self.sparse:
+                # 98: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
+                put(
+                    f"mtp.layers.{k}.self_attn.compressor.ape_param.weight",
+                    take(f"mtp.{k}.attn.compressor.ape", shape="4 (2 C)", C=self.C),
+                )
+                # 99: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
+                for w in ("wgate", "wkv"):
+                    put(
+                        f"mtp.layers.{k}.self_attn.compressor.{w}.weight",
+                        take(
+                            f"mtp.{k}.attn.compressor.{w}.weight",
+                            shape="(2 C) D",
+                            C=self.C,
+                            D=self.D,
+                        ),
+                    )
+                # 100: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
+                put(
+                    f"mtp.layers.{k}.self_attn.compressor.indexer.ape_param.weight",
+                    take(
+                        f"mtp.{k}.attn.indexer.compressor.ape",
+                        shape="4 (2 IC)",
+                        IC=self.IC,
+                    ),
+                )
+                # 101: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
+                put(
+                    f"mtp.layers.{k}.self_attn.compressor.indexer.kv_norm.weight",
+                    take(
+                        f"mtp.{k}.attn.indexer.compressor.norm.weight",
+                        shape="IC",
+                        IC=self.IC,
+                    ),
+                )
+                # 102: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
+                for w in ("wgate", "wkv"):
+                    put(
+                        f"mtp.layers.{k}.self_attn.compressor.indexer.{w}.weight",
+                        take(
+                            f"mtp.{k}.attn.indexer.compressor.{w}.weight",
+                            shape="(2 IC) D",
+                            IC=self.IC,
+                            D=self.D,
+                        ),
+                    )
+                # 103: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
+                put(
+                    f"mtp.layers.{k}.self_attn.compressor.indexer.wq_b.weight",
+                    take(
+                        f"mtp.{k}.attn.indexer.wq_b.weight",
+                        FP8_FP8V3_RAW,
+                        shape="(IA IC) Q",
+                        IA=self.IA,
+                        IC=self.IC,
+                        Q=self.Q,
+                    ),
+                )
+                # 104: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
+                put(
+                    f"mtp.layers.{k}.self_attn.compressor.indexer.weights_proj.weight",
+                    take(
+                        f"mtp.{k}.attn.indexer.weights_proj.weight",
+                        shape="IA D",
+                        IA=self.IA,
+                        D=self.D,
+                    ),
+                )
+            if self.L + k < self.stated and self.L + k not in self.sliding and self.L + k not in self.sparse:
+                # 109: compressor.ape <-> compressor.ape_param.weight [r C]
+                put(
+                    f"mtp.layers.{k}.self_attn.compressor.ape_param.weight",
+                    take(f"mtp.{k}.attn.compressor.ape", shape="r C", C=self.C),
+                )
+                # 110: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [C D]
+                for w in ("wgate", "wkv"):
+                    put(
+                        f"mtp.layers.{k}.self_attn.compressor.{w}.weight",
+                        take(
+                            f"mtp.{k}.attn.compressor.{w}.weight",
+                            shape="C D",
+                            C=self.C,
+                            D=self.D,
+                        ),
+                    )
+
+        # 120: model.layers.{L+x}.{..} -> _ else
+        for number, rest in take.wild("model.layers.#.**"):
+            x = int(number) - self.L
+            if x >= self.M:
+                take.drop(f"model.layers.{self.L + x}.{rest}")
+        # 119: layers.{L+x}.{..} -> _ else
+        for number, rest in take.wild("layers.#.**"):
+            x = int(number) - self.L
+            if x >= self.M:
+                take.drop(f"layers.{self.L + x}.{rest}")
+        # 118: mtp.{x}.{..} -> _ else
+        for number, rest in take.wild("mtp.#.**"):
+            x = int(number)
+            if x >= self.M:
+                take.drop(f"mtp.{x}.{rest}")
+        if self.vision > 0:
+            # 115: aligner.{..} <-> model.aligner.{..} else where vision > 0
+            for (rest,) in take.wild("aligner.**"):
+                put(f"model.aligner.{rest}", take(f"aligner.{rest}"))
+            # 114: vision.{..} <-> model.vision.{..} else where vision > 0
+            for (rest,) in take.wild("vision.**"):
+                put(f"model.vision.{rest}", take(f"vision.{rest}"))
+
+    def to_left(self, take: Take, put: Put) -> None:
+        """`native` -> `hf`."""
+        # 43: embed.weight <-> model.embed_tokens.weight [V D]
+        put(
+            "embed.weight",
+            take("model.embed_tokens.weight", shape="V D", V=self.V, D=self.D),
+        )
+        # 44: norm.weight <-> model.norm.weight [D]
+        put("norm.weight", take("model.norm.weight", shape="D", D=self.D))
+        # 45: head.weight <-> lm_head.weight [V D]
+        put("head.weight", take("lm_head.weight", shape="V D", V=self.V, D=self.D))
+        # 46: hc_head_fn <-> model.hc_head.hc_fn [R W]
+        put("hc_head_fn", take("model.hc_head.hc_fn", shape="R W", R=self.R, W=self.W))
+        # 47: hc_head_base <-> model.hc_head.hc_base [R]
+        put("hc_head_base", take("model.hc_head.hc_base", shape="R", R=self.R))
+        # 48: hc_head_scale <-> model.hc_head.hc_scale [1]
+        put("hc_head_scale", take("model.hc_head.hc_scale", shape="1"))
+        if self.vision > 0:
+            # 113: image_{t:start|end|newline|pad} <-> model.image_{t} [D] where vision > 0
+            for t in ("start", "end", "newline", "pad"):
+                put(f"image_{t}", take(f"model.image_{t}", shape="D", D=self.D))
+
+        for i in range(self.L):
+            # 52: attn_norm.weight <-> input_layernorm.weight [D]
+            put(
+                f"layers.{i}.attn_norm.weight",
+                take(f"model.layers.{i}.input_layernorm.weight", shape="D", D=self.D),
+            )
+            # 53: ffn_norm.weight <-> post_attention_layernorm.weight [D]
+            put(
+                f"layers.{i}.ffn_norm.weight",
+                take(
+                    f"model.layers.{i}.post_attention_layernorm.weight",
+                    shape="D",
+                    D=self.D,
+                ),
+            )
+            # 54: hc_{s:attn|ffn}_fn <-> {s}_hc.fn [X W]
+            for s in ("attn", "ffn"):
+                put(
+                    f"layers.{i}.hc_{s}_fn",
+                    take(
+                        f"model.layers.{i}.{s}_hc.fn", shape="X W", X=self.X, W=self.W
+                    ),
+                )
+            # 55: hc_{s:attn|ffn}_base <-> {s}_hc.base [X]
+            for s in ("attn", "ffn"):
+                put(
+                    f"layers.{i}.hc_{s}_base",
+                    take(f"model.layers.{i}.{s}_hc.base", shape="X", X=self.X),
+                )
+            # 56: hc_{s:attn|ffn}_scale <-> {s}_hc.scale [3]
+            for s in ("attn", "ffn"):
+                put(
+                    f"layers.{i}.hc_{s}_scale",
+                    take(f"model.layers.{i}.{s}_hc.scale", shape="3"),
+                )
+            # 58: attn.attn_sink <-> self_attn.sinks_param.weight [A]
+            put(
+                f"layers.{i}.attn.attn_sink",
+                take(
+                    f"model.layers.{i}.self_attn.sinks_param.weight",
+                    shape="A",
+                    A=self.A,
+                ),
+            )
+            # 59: attn.q_norm.weight <-> self_attn.q_norm.weight [Q]
+            put(
+                f"layers.{i}.attn.q_norm.weight",
+                take(f"model.layers.{i}.self_attn.q_norm.weight", shape="Q", Q=self.Q),
+            )
+            # 60: attn.kv_norm.weight <-> self_attn.kv_norm.weight [C]
+            put(
+                f"layers.{i}.attn.kv_norm.weight",
+                take(f"model.layers.{i}.self_attn.kv_norm.weight", shape="C", C=self.C),
+            )
+            # 61: attn.wq_a.weight as fp8|fp8v3|raw <-> self_attn.wq_a.weight [Q D]
+            put(
+                f"layers.{i}.attn.wq_a.weight",
+                take(
+                    f"model.layers.{i}.self_attn.wq_a.weight",
+                    shape="Q D",
+                    Q=self.Q,
+                    D=self.D,
+                ),
+                FP8_FP8V3_RAW,
+            )
+            # 62: attn.wq_b.weight as fp8|fp8v3|raw <-> self_attn.wq_b.weight [(A C) Q]
+            put(
+                f"layers.{i}.attn.wq_b.weight",
+                take(
+                    f"model.layers.{i}.self_attn.wq_b.weight",
+                    shape="(A C) Q",
+                    A=self.A,
+                    C=self.C,
+                    Q=self.Q,
+                ),
+                FP8_FP8V3_RAW,
+            )
+            # 63: attn.wkv.weight as fp8|fp8v3|raw <-> self_attn.wkv.weight [C D]
+            put(
+                f"layers.{i}.attn.wkv.weight",
+                take(
+                    f"model.layers.{i}.self_attn.wkv.weight",
+                    shape="C D",
+                    C=self.C,
+                    D=self.D,
+                ),
+                FP8_FP8V3_RAW,
+            )
+            # 64: attn.wo_a.weight as fp8|fp8v3|raw <-> self_attn.wo_a.weight [(G O) P]
+            put(
+                f"layers.{i}.attn.wo_a.weight",
+                take(
+                    f"model.layers.{i}.self_attn.wo_a.weight",
+                    shape="(G O) P",
+                    G=self.G,
+                    O=self.O,
+                    P=self.P,
+                ),
+                FP8_FP8V3_RAW,
+            )
+            # 65: attn.wo_b.weight as fp8|fp8v3|raw <-> self_attn.wo_b.weight [D (G O)]
+            put(
+                f"layers.{i}.attn.wo_b.weight",
+                take(
+                    f"model.layers.{i}.self_attn.wo_b.weight",
+                    shape="D (G O)",
+                    D=self.D,
+                    G=self.G,
+                    O=self.O,
+                ),
+                FP8_FP8V3_RAW,
+            )
+            # 67: ffn.gate.weight <-> mlp.gate.weight [E D]
+            put(
+                f"layers.{i}.ffn.gate.weight",
+                take(
+                    f"model.layers.{i}.mlp.gate.weight", shape="E D", E=self.E, D=self.D
+                ),
+            )
+            if self.vision > 0:
+                # 68: ffn.gate.bias_vl <-> mlp.gate.bias_vl [E] where vision > 0
+                put(
+                    f"layers.{i}.ffn.gate.bias_vl",
+                    take(f"model.layers.{i}.mlp.gate.bias_vl", shape="E", E=self.E),
+                )
+            # 69: ffn.shared_experts.{j:w1|w3}.weight as fp8|fp8v3|raw <-> mlp.shared_experts.{j:gate|up}_proj.weight [(S F) D]
+            for hf_j, native_j in (("w1", "gate"), ("w3", "up")):
+                put(
+                    f"layers.{i}.ffn.shared_experts.{hf_j}.weight",
+                    take(
+                        f"model.layers.{i}.mlp.shared_experts.{native_j}_proj.weight",
+                        shape="(S F) D",
+                        S=self.S,
+                        F=self.F,
+                        D=self.D,
+                    ),
+                    FP8_FP8V3_RAW,
+                )
+            # 70: ffn.shared_experts.w2.weight as fp8|fp8v3|raw <-> mlp.shared_experts.down_proj.weight [D (S F)]
+            put(
+                f"layers.{i}.ffn.shared_experts.w2.weight",
+                take(
+                    f"model.layers.{i}.mlp.shared_experts.down_proj.weight",
+                    shape="D (S F)",
+                    D=self.D,
+                    S=self.S,
+                    F=self.F,
+                ),
+                FP8_FP8V3_RAW,
+            )
+            # 71: ffn.experts.{e}.{j:w1|w3}.weight [F Z] as fp4|fp8|fp8v3|raw <-> mlp.experts.gate_and_up_projs [e Z (j F)]
+            hf_names = {
+                (e, j): f"layers.{i}.ffn.experts.{e}.{hf_j}.weight"
+                for e in range(self.E)
+                for j, hf_j in enumerate(("w1", "w3"))
+            }
+            native_name = f"model.layers.{i}.mlp.experts.gate_and_up_projs"
+            if take.group(
+                [native_name], shape="e Z (j F)", e=self.E, Z=self.Z, j=2, F=self.F
+            ):
+                native = take(
+                    native_name, shape="e Z (j F)", e=self.E, Z=self.Z, j=2, F=self.F
+                )
+                for (e, j), target in hf_names.items():
+                    put.part(
+                        target,
+                        native.unflatten(2, (2, self.F))[e, :, j].T,
+                        FP4_FP8_FP8V3_RAW,
+                    )
+            # 72: ffn.experts.{e}.w2.weight [Z F] as fp4|fp8|fp8v3|raw <-> mlp.experts.down_projs [e F Z]
+            hf_names = {
+                e: f"layers.{i}.ffn.experts.{e}.w2.weight" for e in range(self.E)
+            }
+            native_name = f"model.layers.{i}.mlp.experts.down_projs"
+            if take.group([native_name], shape="e F Z", e=self.E, F=self.F, Z=self.Z):
+                native = take(native_name, shape="e F Z", e=self.E, F=self.F, Z=self.Z)
+                for e, target in hf_names.items():
+                    put.part(target, native[e].T, FP4_FP8_FP8V3_RAW)
+            # 73: ffn.fc1_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc1_latent_proj.weight [u D] optional
+            put(
+                f"layers.{i}.ffn.fc1_latent_proj.weight",
+                take(
+                    f"model.layers.{i}.mlp.fc1_latent_proj.weight",
+                    shape="u D",
+                    D=self.D,
+                    optional=True,
+                ),
+                RAW_FP8_FP8V3,
+            )
+            # 74: ffn.fc2_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc2_latent_proj.weight [D u] optional
+            put(
+                f"layers.{i}.ffn.fc2_latent_proj.weight",
+                take(
+                    f"model.layers.{i}.mlp.fc2_latent_proj.weight",
+                    shape="D u",
+                    D=self.D,
+                    optional=True,
+                ),
+                RAW_FP8_FP8V3,
+            )
+            if i < self.H:
+                # 78: ffn.gate.tid2eid <-> mlp.gate.tid2eid [V T] where i < H
+                put(
+                    f"layers.{i}.ffn.gate.tid2eid",
+                    take(
+                        f"model.layers.{i}.mlp.gate.tid2eid",
+                        shape="V T",
+                        V=self.V,
+                        T=self.T,
+                    ),
+                )
+            if i >= self.H or self.vision > 0:
+                # 79: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E] where i >= H or vision > 0
+                put(
+                    f"layers.{i}.ffn.gate.bias",
+                    take(
+                        f"model.layers.{i}.mlp.gate.e_score_correction_bias",
+                        shape="E",
+                        E=self.E,
+                    ),
+                )
+            if i < self.H and self.vision == 0:
+                # 80: _ <- mlp.gate.e_score_correction_bias where i < H and vision == 0
+                take.drop(f"model.layers.{i}.mlp.gate.e_score_correction_bias")
+            if i < self.stated and i not in self.sliding:
+                # 93: compressor.norm.weight <-> compressor.kv_norm.weight [C]
+                put(
+                    f"layers.{i}.attn.compressor.norm.weight",
+                    take(
+                        f"model.layers.{i}.self_attn.compressor.kv_norm.weight",
+                        shape="C",
+                        C=self.C,
+                    ),
+                )
+            if i in self.sparse:
+                # 98: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
+                put(
+                    f"layers.{i}.attn.compressor.ape",
+                    take(
+                        f"model.layers.{i}.self_attn.compressor.ape_param.weight",
+                        shape="4 (2 C)",
+                        C=self.C,
+                    ),
+                )
+                # 99: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
+                for w in ("wgate", "wkv"):
+                    put(
+                        f"layers.{i}.attn.compressor.{w}.weight",
+                        take(
+                            f"model.layers.{i}.self_attn.compressor.{w}.weight",
+                            shape="(2 C) D",
+                            C=self.C,
+                            D=self.D,
+                        ),
+                    )
+                # 100: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
+                put(
+                    f"layers.{i}.attn.indexer.compressor.ape",
+                    take(
+                        f"model.layers.{i}.self_attn.compressor.indexer.ape_param.weight",
+                        shape="4 (2 IC)",
+                        IC=self.IC,
+                    ),
+                )
+                # 101: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
+                put(
+                    f"layers.{i}.attn.indexer.compressor.norm.weight",
+                    take(
+                        f"model.layers.{i}.self_attn.compressor.indexer.kv_norm.weight",
+                        shape="IC",
+                        IC=self.IC,
+                    ),
+                )
+                # 102: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
+                for w in ("wgate", "wkv"):
+                    put(
+                        f"layers.{i}.attn.indexer.compressor.{w}.weight",
+                        take(
+                            f"model.layers.{i}.self_attn.compressor.indexer.{w}.weight",
+                            shape="(2 IC) D",
+                            IC=self.IC,
+                            D=self.D,
+                        ),
+                    )
+                # 103: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
+                put(
+                    f"layers.{i}.attn.indexer.wq_b.weight",
+                    take(
+                        f"model.layers.{i}.self_attn.compressor.indexer.wq_b.weight",
+                        shape="(IA IC) Q",
+                        IA=self.IA,
+                        IC=self.IC,
+                        Q=self.Q,
+                    ),
+                    FP8_FP8V3_RAW,
+                )
+                # 104: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
+                put(
+                    f"layers.{i}.attn.indexer.weights_proj.weight",
+                    take(
+                        f"model.layers.{i}.self_attn.compressor.indexer.weights_proj.weight",
+                        shape="IA D",
+                        IA=self.IA,
+                        D=self.D,
+                    ),
+                )
+            if i < self.stated and i not in self.sliding and i not in self.sparse:
+                # 109: compressor.ape <-> compressor.ape_param.weight [r C]
+                put(
+                    f"layers.{i}.attn.compressor.ape",
+                    take(
+                        f"model.layers.{i}.self_attn.compressor.ape_param.weight",
+                        shape="r C",
+                        C=self.C,
+                    ),
+                )
+                # 110: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [C D]
+                for w in ("wgate", "wkv"):
+                    put(
+                        f"layers.{i}.attn.compressor.{w}.weight",
+                        take(
+                            f"model.layers.{i}.self_attn.compressor.{w}.weight",
+                            shape="C D",
+                            C=self.C,
+                            D=self.D,
+                        ),
+                    )
+
+        for k in range(self.M):
+            # 52: attn_norm.weight <-> input_layernorm.weight [D]
+            put(
+                f"mtp.{k}.attn_norm.weight",
+                take(f"mtp.layers.{k}.input_layernorm.weight", shape="D", D=self.D),
+            )
+            # 53: ffn_norm.weight <-> post_attention_layernorm.weight [D]
+            put(
+                f"mtp.{k}.ffn_norm.weight",
+                take(
+                    f"mtp.layers.{k}.post_attention_layernorm.weight",
+                    shape="D",
+                    D=self.D,
+                ),
+            )
+            # 54: hc_{s:attn|ffn}_fn <-> {s}_hc.fn [X W]
+            for s in ("attn", "ffn"):
+                put(
+                    f"mtp.{k}.hc_{s}_fn",
+                    take(f"mtp.layers.{k}.{s}_hc.fn", shape="X W", X=self.X, W=self.W),
+                )
+            # 55: hc_{s:attn|ffn}_base <-> {s}_hc.base [X]
+            for s in ("attn", "ffn"):
+                put(
+                    f"mtp.{k}.hc_{s}_base",
+                    take(f"mtp.layers.{k}.{s}_hc.base", shape="X", X=self.X),
+                )
+            # 56: hc_{s:attn|ffn}_scale <-> {s}_hc.scale [3]
+            for s in ("attn", "ffn"):
+                put(
+                    f"mtp.{k}.hc_{s}_scale",
+                    take(f"mtp.layers.{k}.{s}_hc.scale", shape="3"),
+                )
+            # 58: attn.attn_sink <-> self_attn.sinks_param.weight [A]
+            put(
+                f"mtp.{k}.attn.attn_sink",
+                take(
+                    f"mtp.layers.{k}.self_attn.sinks_param.weight", shape="A", A=self.A
+                ),
+            )
+            # 59: attn.q_norm.weight <-> self_attn.q_norm.weight [Q]
+            put(
+                f"mtp.{k}.attn.q_norm.weight",
+                take(f"mtp.layers.{k}.self_attn.q_norm.weight", shape="Q", Q=self.Q),
+            )
+            # 60: attn.kv_norm.weight <-> self_attn.kv_norm.weight [C]
+            put(
+                f"mtp.{k}.attn.kv_norm.weight",
+                take(f"mtp.layers.{k}.self_attn.kv_norm.weight", shape="C", C=self.C),
+            )
+            # 61: attn.wq_a.weight as fp8|fp8v3|raw <-> self_attn.wq_a.weight [Q D]
+            put(
+                f"mtp.{k}.attn.wq_a.weight",
+                take(
+                    f"mtp.layers.{k}.self_attn.wq_a.weight",
+                    shape="Q D",
+                    Q=self.Q,
+                    D=self.D,
+                ),
+                FP8_FP8V3_RAW,
+            )
+            # 62: attn.wq_b.weight as fp8|fp8v3|raw <-> self_attn.wq_b.weight [(A C) Q]
+            put(
+                f"mtp.{k}.attn.wq_b.weight",
+                take(
+                    f"mtp.layers.{k}.self_attn.wq_b.weight",
+                    shape="(A C) Q",
+                    A=self.A,
+                    C=self.C,
+                    Q=self.Q,
+                ),
+                FP8_FP8V3_RAW,
+            )
+            # 63: attn.wkv.weight as fp8|fp8v3|raw <-> self_attn.wkv.weight [C D]
+            put(
+                f"mtp.{k}.attn.wkv.weight",
+                take(
+                    f"mtp.layers.{k}.self_attn.wkv.weight",
+                    shape="C D",
+                    C=self.C,
+                    D=self.D,
+                ),
+                FP8_FP8V3_RAW,
+            )
+            # 64: attn.wo_a.weight as fp8|fp8v3|raw <-> self_attn.wo_a.weight [(G O) P]
+            put(
+                f"mtp.{k}.attn.wo_a.weight",
+                take(
+                    f"mtp.layers.{k}.self_attn.wo_a.weight",
+                    shape="(G O) P",
+                    G=self.G,
+                    O=self.O,
+                    P=self.P,
+                ),
+                FP8_FP8V3_RAW,
+            )
+            # 65: attn.wo_b.weight as fp8|fp8v3|raw <-> self_attn.wo_b.weight [D (G O)]
+            put(
+                f"mtp.{k}.attn.wo_b.weight",
+                take(
+                    f"mtp.layers.{k}.self_attn.wo_b.weight",
+                    shape="D (G O)",
+                    D=self.D,
+                    G=self.G,
+                    O=self.O,
+                ),
+                FP8_FP8V3_RAW,
+            )
+            # 67: ffn.gate.weight <-> mlp.gate.weight [E D]
+            put(
+                f"mtp.{k}.ffn.gate.weight",
+                take(
+                    f"mtp.layers.{k}.mlp.gate.weight", shape="E D", E=self.E, D=self.D
+                ),
+            )
+            if self.vision > 0:
+                # 68: ffn.gate.bias_vl <-> mlp.gate.bias_vl [E] where vision > 0
+                put(
+                    f"mtp.{k}.ffn.gate.bias_vl",
+                    take(f"mtp.layers.{k}.mlp.gate.bias_vl", shape="E", E=self.E),
+                )
+            # 69: ffn.shared_experts.{j:w1|w3}.weight as fp8|fp8v3|raw <-> mlp.shared_experts.{j:gate|up}_proj.weight [(S F) D]
+            for hf_j, native_j in (("w1", "gate"), ("w3", "up")):
+                put(
+                    f"mtp.{k}.ffn.shared_experts.{hf_j}.weight",
+                    take(
+                        f"mtp.layers.{k}.mlp.shared_experts.{native_j}_proj.weight",
+                        shape="(S F) D",
+                        S=self.S,
+                        F=self.F,
+                        D=self.D,
+                    ),
+                    FP8_FP8V3_RAW,
+                )
+            # 70: ffn.shared_experts.w2.weight as fp8|fp8v3|raw <-> mlp.shared_experts.down_proj.weight [D (S F)]
+            put(
+                f"mtp.{k}.ffn.shared_experts.w2.weight",
+                take(
+                    f"mtp.layers.{k}.mlp.shared_experts.down_proj.weight",
+                    shape="D (S F)",
+                    D=self.D,
+                    S=self.S,
+                    F=self.F,
+                ),
+                FP8_FP8V3_RAW,
+            )
+            # 71: ffn.experts.{e}.{j:w1|w3}.weight [F Z] as fp4|fp8|fp8v3|raw <-> mlp.experts.gate_and_up_projs [e Z (j F)]
+            hf_names = {
+                (e, j): f"mtp.{k}.ffn.experts.{e}.{hf_j}.weight"
+                for e in range(self.E)
+                for j, hf_j in enumerate(("w1", "w3"))
+            }
+            native_name = f"mtp.layers.{k}.mlp.experts.gate_and_up_projs"
+            if take.group(
+                [native_name], shape="e Z (j F)", e=self.E, Z=self.Z, j=2, F=self.F
+            ):
+                native = take(
+                    native_name, shape="e Z (j F)", e=self.E, Z=self.Z, j=2, F=self.F
+                )
+                for (e, j), target in hf_names.items():
+                    put.part(
+                        target,
+                        native.unflatten(2, (2, self.F))[e, :, j].T,
+                        FP4_FP8_FP8V3_RAW,
+                    )
+            # 72: ffn.experts.{e}.w2.weight [Z F] as fp4|fp8|fp8v3|raw <-> mlp.experts.down_projs [e F Z]
+            hf_names = {e: f"mtp.{k}.ffn.experts.{e}.w2.weight" for e in range(self.E)}
+            native_name = f"mtp.layers.{k}.mlp.experts.down_projs"
+            if take.group([native_name], shape="e F Z", e=self.E, F=self.F, Z=self.Z):
+                native = take(native_name, shape="e F Z", e=self.E, F=self.F, Z=self.Z)
+                for e, target in hf_names.items():
+                    put.part(target, native[e].T, FP4_FP8_FP8V3_RAW)
+            # 73: ffn.fc1_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc1_latent_proj.weight [u D] optional
+            put(
+                f"mtp.{k}.ffn.fc1_latent_proj.weight",
+                take(
+                    f"mtp.layers.{k}.mlp.fc1_latent_proj.weight",
+                    shape="u D",
+                    D=self.D,
+                    optional=True,
+                ),
+                RAW_FP8_FP8V3,
+            )
+            # 74: ffn.fc2_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc2_latent_proj.weight [D u] optional
+            put(
+                f"mtp.{k}.ffn.fc2_latent_proj.weight",
+                take(
+                    f"mtp.layers.{k}.mlp.fc2_latent_proj.weight",
+                    shape="D u",
+                    D=self.D,
+                    optional=True,
+                ),
+                RAW_FP8_FP8V3,
+            )
+            # 83: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E]
+            put(
+                f"mtp.{k}.ffn.gate.bias",
+                take(
+                    f"mtp.layers.{k}.mlp.gate.e_score_correction_bias",
+                    shape="E",
+                    E=self.E,
+                ),
+            )
+            # 84: {w:e_proj|h_proj}.weight as fp8|fp8v3|raw <-> {w}.weight [D Din]
+            for w in ("e_proj", "h_proj"):
+                put(
+                    f"mtp.{k}.{w}.weight",
+                    take(
+                        f"mtp.layers.{k}.{w}.weight",
+                        shape="D Din",
+                        D=self.D,
+                        Din=self.Din,
+                    ),
+                    FP8_FP8V3_RAW,
+                )
+            # 85: {n:enorm|hnorm|norm}.weight <-> {n}.weight [D]
+            for n in ("enorm", "hnorm", "norm"):
+                put(
+                    f"mtp.{k}.{n}.weight",
+                    take(f"mtp.layers.{k}.{n}.weight", shape="D", D=self.D),
+                )
+            # 86: hc_head_fn <-> hc_head.hc_fn [R W]
+            put(
+                f"mtp.{k}.hc_head_fn",
+                take(f"mtp.layers.{k}.hc_head.hc_fn", shape="R W", R=self.R, W=self.W),
+            )
+            # 87: hc_head_base <-> hc_head.hc_base [R]
+            put(
+                f"mtp.{k}.hc_head_base",
+                take(f"mtp.layers.{k}.hc_head.hc_base", shape="R", R=self.R),
+            )
+            # 88: hc_head_scale <-> hc_head.hc_scale [1]
+            put(
+                f"mtp.{k}.hc_head_scale",
+                take(f"mtp.layers.{k}.hc_head.hc_scale", shape="1"),
+            )
+            if self.L + k < self.stated and self.L + k not in self.sliding:
+                # 93: compressor.norm.weight <-> compressor.kv_norm.weight [C]
+                put(
+                    f"mtp.{k}.attn.compressor.norm.weight",
+                    take(
+                        f"mtp.layers.{k}.self_attn.compressor.kv_norm.weight",
+                        shape="C",
+                        C=self.C,
+                    ),
+                )
+            if self.L + k in self.sparse:
+                # 98: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
+                put(
+                    f"mtp.{k}.attn.compressor.ape",
+                    take(
+                        f"mtp.layers.{k}.self_attn.compressor.ape_param.weight",
+                        shape="4 (2 C)",
+                        C=self.C,
+                    ),
+                )
+                # 99: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
+                for w in ("wgate", "wkv"):
+                    put(
+                        f"mtp.{k}.attn.compressor.{w}.weight",
+                        take(
+                            f"mtp.layers.{k}.self_attn.compressor.{w}.weight",
+                            shape="(2 C) D",
+                            C=self.C,
+                            D=self.D,
+                        ),
+                    )
+                # 100: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
+                put(
+                    f"mtp.{k}.attn.indexer.compressor.ape",
+                    take(
+                        f"mtp.layers.{k}.self_attn.compressor.indexer.ape_param.weight",
+                        shape="4 (2 IC)",
+                        IC=self.IC,
+                    ),
+                )
+                # 101: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
+                put(
+                    f"mtp.{k}.attn.indexer.compressor.norm.weight",
+                    take(
+                        f"mtp.layers.{k}.self_attn.compressor.indexer.kv_norm.weight",
+                        shape="IC",
+                        IC=self.IC,
+                    ),
+                )
+                # 102: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
+                for w in ("wgate", "wkv"):
+                    put(
+                        f"mtp.{k}.attn.indexer.compressor.{w}.weight",
+                        take(
+                            f"mtp.layers.{k}.self_attn.compressor.indexer.{w}.weight",
+                            shape="(2 IC) D",
+                            IC=self.IC,
+                            D=self.D,
+                        ),
+                    )
+                # 103: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
+                put(
+                    f"mtp.{k}.attn.indexer.wq_b.weight",
+                    take(
+                        f"mtp.layers.{k}.self_attn.compressor.indexer.wq_b.weight",
+                        shape="(IA IC) Q",
+                        IA=self.IA,
+                        IC=self.IC,
+                        Q=self.Q,
+                    ),
+                    FP8_FP8V3_RAW,
+                )
+                # 104: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
+                put(
+                    f"mtp.{k}.attn.indexer.weights_proj.weight",
+                    take(
+                        f"mtp.layers.{k}.self_attn.compressor.indexer.weights_proj.weight",
+                        shape="IA D",
+                        IA=self.IA,
+                        D=self.D,
+                    ),
+                )
+            if self.L + k < self.stated and self.L + k not in self.sliding and self.L + k not in self.sparse:
+                # 109: compressor.ape <-> compressor.ape_param.weight [r C]
+                put(
+                    f"mtp.{k}.attn.compressor.ape",
+                    take(
+                        f"mtp.layers.{k}.self_attn.compressor.ape_param.weight",
+                        shape="r C",
+                        C=self.C,
+                    ),
+                )
+                # 110: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [C D]
+                for w in ("wgate", "wkv"):
+                    put(
+                        f"mtp.{k}.attn.compressor.{w}.weight",
+                        take(
+                            f"mtp.layers.{k}.self_attn.compressor.{w}.weight",
+                            shape="C D",
+                            C=self.C,
+                            D=self.D,
+                        ),
+                    )
+
+        if self.vision > 0:
+            # 115: aligner.{..} <-> model.aligner.{..} else where vision > 0
+            for (rest,) in take.wild("model.aligner.**"):
+                put(f"aligner.{rest}", take(f"model.aligner.{rest}"))
+            # 114: vision.{..} <-> model.vision.{..} else where vision > 0
+            for (rest,) in take.wild("model.vision.**"):
+                put(f"vision.{rest}", take(f"model.vision.{rest}"))
