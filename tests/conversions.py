@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mapdsl
 from mapdsl.checkpoint.dtypes import dtype_name, stored_shape
 from mapdsl.checkpoint.writer import CheckpointWriter
 from mapdsl.demo import random_state, small_config
 from mapdsl.language.diagnostics import MapError
 
-MAP = "deepseek_v4"
+NAME = "deepseek_v4"
+MAP = mapdsl.load(NAME)  # compiled once for all tests
 
 RENAMES = """\
 map renames: old <-> new

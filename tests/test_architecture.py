@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mapdsl"
 ALLOWED = {
     "language": {"language", "resources"},
     "compiler": {"language", "compiler", "resources", "runtime.sizes"},
-    "emit": {"language", "compiler", "emit", "resources"},
+    "emit": {"language", "compiler", "emit", "resources", "runtime.sizes"},
     "runtime": {"runtime"},
     "checkpoint": {"language", "compiler", "emit", "checkpoint", "runtime", "map", "resources"},
     "testing": {"language", "compiler", "emit", "checkpoint", "runtime", "testing", "map", "resources"},

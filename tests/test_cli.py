@@ -38,7 +38,7 @@ def run(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, **settings)  # type: ignore[call-overload, no-any-return]
 
 
-# --- help, version, commands -----------------------------------------------------------------------------------------
+# --- help, version, commands -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -52,7 +52,9 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert [line.split()[0] for line in shown.splitlines() if line.startswith("    ") and line[4] != " "] == list(COMMANDS)
+    assert [line.split()[0] for line in shown.splitlines() if line.startswith("    ") and line[4] != " "] == list(
+        COMMANDS
+    )
 
 
 def test_no_command_module_is_forgotten() -> None:
@@ -70,13 +72,14 @@ def test_python_m_mapdsl() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mapdsl {mapdsl.__version__}\n", "")
 
 
-# --- exit statuses: nobody sees a traceback ----------------------------------------------------------------------------
+# --- exit statuses: nobody sees a traceback ----------------------------------------------------------------------
 
 BAD_USAGE = [
     [],
     ["nope"],
     ["check"],
     ["check", "good.map", "--nope"],
+    ["check", "good.map", "--\x1b[31m\n"],
     ["check", "good.map", "--conf", "config.json"],
     ["check", "good.map", "--param", "L"],
     ["check", "good.map", "--param", "=1"],
@@ -124,7 +127,7 @@ BAD_INPUT = [
     (["check", MEGABYTE], "error[N116]"),
     (["check", MEGABYTE + ".map"], "error[N116]"),
     (["check", "mega.map"], "error[S101]"),
-    (["check", "\x1b[31m\n\"{}\\"], "\\x1b[31m\\n\"{}\\"),
+    (["check", '\x1b[31m\n"{}\\'], '\\x1b[31m\\n"{}\\'),
     (["check", "good.map", "--config", "nope.json"], "nope.json: error[C507]"),
     (["check", "good.map", "--config", "folder.map"], "error[C507]"),
     (["check", "good.map", "--config", "good.map"], "good.map: error[C507]"),
@@ -157,7 +160,6 @@ BAD_INPUT = [
     (["explain", "nope.map", "a.0"], "error[N116]"),
     (["keys", "good.map", "--config", "nope.json"], "error[C507]"),
     (["keys", "good.map", "--config", "bare.json"], "error[N115]"),
-    (["keys", "good.map", "--param", "L=9999999"], "error[C505]"),
     (["laws", "nope.map"], "error[N116]"),
     (["fmt", "nope.map"], "error[N116]"),
     (["fmt", "empty.map"], "error[S101]"),
@@ -167,7 +169,9 @@ BAD_INPUT = [
 ]
 
 
-@pytest.mark.parametrize(("words", "told"), BAD_INPUT, ids=lambda value: " ".join(value)[:60])
+@pytest.mark.parametrize(
+    ("words", "told"), BAD_INPUT, ids=lambda value: (value if isinstance(value, str) else " ".join(value))[:60]
+)
 def test_bad_input_is_status_1(words: list[str], told: str, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (good / "empty.map").write_text("")
     (good / "binary.map").write_bytes(b"map \xff\x00\x1b")
@@ -221,7 +225,7 @@ def test_errors_of_the_runtime_are_told(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err == "error[R605]: norm.weight\\x1b is missing\n"
 
 
-# --- pipes, signals, terminals -----------------------------------------------------------------------------------------
+# --- pipes, signals, terminals -----------------------------------------------------------------------------------
 
 
 def test_a_reader_that_leaves_early(good: Path) -> None:

@@ -32,7 +32,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in LazyState(open_checkpoint(folder)).items()}
 
 
-def there_and_back(source: Path, tmp_path: Path, map_: str | Path = MAP, **options: object) -> mapdsl.Conversion:
+def there_and_back(source: Path, tmp_path: Path, map_: mapdsl.Map | Path = MAP, **options: object) -> mapdsl.Conversion:
     mapdsl.convert(source, tmp_path / "there", map_, **options)
     return mapdsl.convert(tmp_path / "there", tmp_path / "back", map_)
 
@@ -76,7 +76,7 @@ def test_the_output_is_what_the_adapter_gives(tmp_path):
     config = tiny_config()
     source = write_tiny(tmp_path / "source")
     mapdsl.convert(source, tmp_path / "there", MAP, max_shard_size=300_000)
-    expected = mapdsl.load(MAP).adapter(config).read(random_state(config))
+    expected = MAP.adapter(config).read(random_state(config))
     found = state_of(tmp_path / "there")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -181,7 +181,7 @@ def test_params_and_answers_come_back(tmp_path):
     """What was given, and what `has` found, holds on the way back without being given again."""
     file = tmp_path / "variants.map"
     file.write_text(
-        "map variants: old <-> new\nparam N = n\nparam joined = has(qkv) ?? false\nindex i < N\n"
+        "map variants: old <-> new\nparam N = n\nparam joined = has(qkv)\nindex i < N\n"
         "qkv <-> attention.all where joined\nq <-> attention.q where not joined\n{i}.a <-> layer.{i}.a\n"
     )
     state = {"0.a": torch.ones(2), "1.a": torch.zeros(2), "qkv": torch.ones(3)}
@@ -252,6 +252,19 @@ def test_a_layout_that_no_longer_fits_is_made_anew(tmp_path):
     assert before.keys() == after.keys()
     del before["norm.weight"]
     assert [n for n in before if not torch.equal(before[n].view(torch.uint8), after[n].view(torch.uint8))] == []
+
+
+def test_a_layout_of_more_tensors_does_not_fit(tmp_path):
+    file = tmp_path / "hash.map"
+    file.write_text(
+        "map hash: old <-> new\nparam H = h\nindex i < 2\n"
+        "{i}.b <-> layer.{i}.b where i >= H\n_ <- layer.{i}.b where i < H\n"
+    )
+    source = write_state(tmp_path / "source", {"0.b": torch.ones(1), "1.b": torch.zeros(1)}, {"h": 0})
+    mapdsl.convert(source, tmp_path / "there", file)
+    done = mapdsl.convert(tmp_path / "there", tmp_path / "back", file, params={"H": 1})
+    assert done.misfit == "tensor `0.b` is no longer there"
+    assert state_of(tmp_path / "back").keys() == {"1.b"}
 
 
 def test_the_config_of_the_stored_side_comes_back(tmp_path):

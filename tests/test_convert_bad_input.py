@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import MAP, change_json, contents, only, renames, tiny_config, write_state, write_tiny
+from conversions import MAP, NAME, change_json, contents, only, renames, tiny_config, write_state, write_tiny
 
 import mapdsl
 from mapdsl.checkpoint import writer as writer_module
@@ -17,7 +17,7 @@ from mapdsl.demo import random_state
 from mapdsl.language.diagnostics import MapError
 
 
-def refused(source: Path, destination: Path, map_: str | Path = MAP, **options: object):
+def refused(source: Path, destination: Path, map_: mapdsl.Map | str | Path = MAP, **options: object):
     """The one diagnostic of a conversion that fails, which leaves everything as it was."""
     parent = destination.parent
     before = sorted(str(path) for path in parent.rglob("*"))
@@ -158,6 +158,7 @@ def test_a_missing_expert(tmp_path):
     assert "layers.1.ffn.experts.1.w2.weight" in found.message
     assert found.subject.startswith(str(source))
     assert "hf side" in found.help
+    assert "ffn.experts.{e}.w2.weight" in found.help, "the rule"
 
 
 def test_a_missing_scale(tmp_path):
@@ -285,7 +286,7 @@ def test_a_terminated_conversion_leaves_nothing(tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(writer_module.CheckpointWriter, "write", terminated)
     with pytest.raises(SystemExit) as caught:
-        main(["convert", str(source), str(tmp_path / "out"), "--map", MAP])
+        main(["convert", str(source), str(tmp_path / "out"), "--map", NAME])
     assert caught.value.code == 143
     assert os.listdir(tmp_path) == ["source"]
     assert signal.getsignal(signal.SIGTERM) is before

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conversions import MAP, assert_same_files, renames, write_state, write_tiny
+from conversions import MAP, NAME, assert_same_files, renames, write_state, write_tiny
 
 import mapdsl
 from mapdsl.checkpoint.sidecar import SIDE_FILE
@@ -21,7 +22,7 @@ from mapdsl.cli.main import main
 def test_convert_tells_what_it_did(tmp_path, capsys):
     source = write_tiny(tmp_path / "source")
     (source / "inference").mkdir()
-    assert main(["convert", str(source), str(tmp_path / "there"), "--map", MAP]) == 0
+    assert main(["convert", str(source), str(tmp_path / "there"), "--map", NAME]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert out.startswith(f"hf -> native: {tmp_path / 'there'}\n")
@@ -29,7 +30,7 @@ def test_convert_tells_what_it_did(tmp_path, capsys):
     assert "left behind: inference/" in out
     assert f"{SIDE_FILE} keeps " in out
     (source / "inference").rmdir()
-    assert main(["convert", str(tmp_path / "there"), str(tmp_path / "back"), "--map", MAP]) == 0
+    assert main(["convert", str(tmp_path / "there"), str(tmp_path / "back"), "--map", NAME]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert out.startswith("native -> hf: ")
@@ -47,7 +48,7 @@ def test_convert_tells_of_what_did_not_fit_and_was_edited(tmp_path, capsys):
     state["model.layers.1.mlp.experts.down_projs"][1, 5, 7] += 1.0
     write_state(tmp_path / "trained", state)
     (tmp_path / "there" / SIDE_FILE).rename(tmp_path / "trained" / SIDE_FILE)
-    assert main(["convert", str(tmp_path / "trained"), str(tmp_path / "back"), "--map", MAP]) == 0
+    assert main(["convert", str(tmp_path / "trained"), str(tmp_path / "back"), "--map", NAME]) == 0
     out = capsys.readouterr().out
     assert "laid out anew: tensor `norm.weight` is now F32 [256], it was BF16 [256]" in out
     assert "edited: 1 block was encoded anew, in layers.1.ffn.experts.1.w2.weight" in out
@@ -69,7 +70,7 @@ def test_every_option_is_heeded(tmp_path, capsys):
 
 def test_an_error_is_shown_without_a_traceback(tmp_path, capsys):
     source = write_tiny(tmp_path / "source")
-    assert main(["convert", str(source), str(source), "--map", MAP]) == 1
+    assert main(["convert", str(source), str(source), "--map", NAME]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"{source}: error[C507]: the destination exists already")
@@ -108,14 +109,15 @@ def test_a_bar_is_drawn_where_it_is_asked_for(tmp_path, capsys):
 
 def test_a_terminal_gets_a_bar(tmp_path):
     """The command decides by what standard error is."""
-    pty = pytest.importorskip("pty")
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
     file, source = renames(tmp_path)
     leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     program = "import sys; from mapdsl.cli.main import main; sys.exit(main())"
     words = [sys.executable, "-c", program, "convert", str(source), str(tmp_path / "there"), "--map", str(file)]
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=follower, stdin=subprocess.DEVNULL, check=False)
-    os.close(follower)
     shown = os.read(leader, 100_000).decode()
+    os.close(follower)
     os.close(leader)
     assert done.returncode == 0
     assert "writing: " in shown

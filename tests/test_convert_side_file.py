@@ -38,7 +38,8 @@ def refused(there: Path, map_: Any = MAP) -> Any:
     """The diagnostic of the way back, which leaves nothing; without the side file there is a way."""
     before = sorted(there.parent.iterdir())
     with pytest.raises(MapError) as caught:
-        mapdsl.convert(there, there.with_name("back"), map_, to=mapdsl.load(map_).checked.map.left)
+        loaded = map_ if isinstance(map_, mapdsl.Map) else mapdsl.load(map_)
+        mapdsl.convert(there, there.with_name("back"), loaded, to=loaded.checked.map.left)
     assert sorted(there.parent.iterdir()) == before
     found = only(caught.value)
     assert found.subject == str(there / SIDE_FILE)

@@ -197,7 +197,7 @@ def run_plan(
 ) -> None:
     """Run the conversion once, over meta tensors or real ones; `entries` are those of the adapter's complement."""
     request, adapter, complement = plan.request, plan.adapter, plan.adapter.complement
-    complement.entries = entries
+    complement.entries, complement.right = entries, Forgetful()
     with _placing(request.checkpoint):
         if plan.to_right:
             adapter.read_into(state, sink, read_back, dtype=request.dtype or torch.bfloat16)
@@ -296,7 +296,9 @@ def _placing(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _error(problem: ConversionError, place: Path | str) -> MapError:
-    return error(problem.code, problem.message, subject=str(place), help=_HELP.get(problem.code, ""))
+    at_work = f"the rule at work, with its line in the map: {problem.rule}" if problem.rule else ""
+    advice = "\n".join(filter(None, (at_work, _HELP.get(problem.code, ""))))
+    return error(problem.code, problem.message, subject=str(place), help=advice)
 
 
 def _file_in(message: str, checkpoint: Checkpoint) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from pathlib import Path
 
 import torch
 
@@ -41,15 +40,3 @@ class Window(LazyState):
                 self._recent_bytes -= self.checkpoint.tensors[oldest].nbytes
                 self.release(oldest)
         return tensor
-
-    def release_all(self) -> None:
-        """Let go of the pages of everything handed out."""
-        for name in self._recent:
-            self.release(name)
-        self._recent.clear()
-        self._recent_bytes = 0
-
-    def file_of(self, name: str) -> Path | None:
-        """The file that holds a tensor."""
-        stored = self.checkpoint.tensors.get(name)
-        return None if stored is None or not stored.file.name else stored.file

@@ -105,16 +105,20 @@ def _check(
         from mapdsl.compiler.expand import expand, param_values
 
         expansion = expand(checked, param_values(checked, config, params))
-        counts = [f"{len(expansion.keys(side)):,} {name} names" for side, name in _sides(checked)]
+        counts = [_count(len(expansion.keys(side)), name) for side, name in _sides(checked)]
         result.facts.append(f"this config has {' and '.join(counts)}")
 
 
 def _verdict(checked: Checked) -> str:
     """`44 rules hold: 51 hf names, 50 native names, no two alike`; a name here is a template of any number of names."""
     rules = checked.map.rules
-    names = [f"{sum(len(rule.side(side)) for rule in rules)} {name} names" for side, name in _sides(checked)]
+    names = [_count(sum(len(rule.side(side)) for rule in rules), name) for side, name in _sides(checked)]
     count = "1 rule holds" if len(rules) == 1 else f"{len(rules)} rules hold"
     return f"{count}: {', '.join(names)}, no two alike"
+
+
+def _count(number: int, side: str) -> str:
+    return f"{number:,} {side} name{'s' * (number != 1)}"
 
 
 def _sides(checked: Checked) -> tuple[tuple[str, str], tuple[str, str]]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from mapdsl.cli.inputs import FILE_HELP
-from mapdsl.cli.output import UsageError, say, write_text
+from mapdsl.cli.output import UsageError, say, target_of, write_text
 
 
 def add_parser(subparsers: Any) -> None:
@@ -42,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tests is not None:
         from mapdsl.emit.tests import tests_source
 
-        texts[arguments.tests] = tests_source(checked)
+        texts[arguments.tests] = tests_source(checked, arguments.tests, arguments.output)
     for path in outputs:
         write_text(path, texts[path])
     if arguments.output is None:
@@ -52,6 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _refuse_same(paths: list[str]) -> None:
     """UsageError where two of the paths are one file: writing one would destroy the other."""
-    places = [os.path.realpath(path) for path in paths]
+    places = [target_of(path) for path in paths]
     if len(set(places)) < len(places):
         raise UsageError("the map, the module and its tests are different files")

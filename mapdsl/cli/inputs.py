@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from mapdsl.compiler.check import Checked
 
 FILE_HELP = "a .map file, or the name of a shipped map (`mapdsl maps` lists them)"
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
-_FRACTION = re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]{1,300})?(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
 
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -43,10 +42,8 @@ def assignment(text: str) -> tuple[str, Any]:
 def _value(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
-    if _NUMBER.fullmatch(text):
-        return int(text)
-    if _FRACTION.fullmatch(text):
-        return float(text)
+    if number := _NUMBER.fullmatch(text):
+        return float(text) if number[2] or number[3] else int(text)
     if text[:1] not in ("[", '"'):
         return text
     try:

@@ -142,16 +142,24 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
     A link is followed, permissions of a file that is replaced are kept. MapError, C507, where it cannot be written.
     """
-    target = Path(os.path.realpath(path))
+    target = target_of(path)
     data = text.encode("utf-8")
     try:
-        if _is_stream(target):
-            target.write_bytes(data)
+        if _is_stream(Path(path)):
+            Path(path).write_bytes(data)
             return
         with _replacing(target) as file:
             file.write(data)
     except (OSError, ValueError) as problem:
         raise _unwritable(path, (isinstance(problem, OSError) and problem.strerror) or str(problem)) from None
+
+
+def target_of(path: str | os.PathLike[str]) -> Path:
+    """The file that a path leads to, links followed; MapError where no file can be called so."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as problem:  # a NUL in the name
+        raise _unwritable(path, str(problem)) from None
 
 
 def _is_stream(path: Path) -> bool:

@@ -193,6 +193,8 @@ class _Checker:
         """K205: two values of an index must not spell one name, and no hole may be negative."""
         holes = list(number_holes(pattern))
         for hole in holes:
+            if _is_table(hole.value, self.map):
+                continue  # the numbers of an index table are looked at when the config is read
             facts = [tree.Operation("<", (hole.value, tree.Number(0, span=hole.span)), span=hole.span)]
             verdict = decide(self.scope, facts + ([guard] if guard else []), indices_of(pattern, self.map))
             if verdict.status == "open":
@@ -242,8 +244,18 @@ class _Checker:
                 self.found.append(Diagnostic("K213", "no rule reads the name that this stands for", (accept.new.span,)))
 
 
+def _is_table(value: tree.Expr, resolved: ir.Map) -> bool:
+    """Whether a hole is an element of an index table, `{A[a]}`: a list of distinct numbers from 0."""
+    match value:
+        case tree.Lookup(value=tree.Name(path=table), index=tree.Name(path=index)):
+            return table in resolved.params and index in resolved.indices
+    return False
+
+
 def _is_plain(value: tree.Expr, resolved: ir.Map) -> bool:
-    """Whether a hole is an index alone, or plus a constant or a param: always injective and never negative."""
+    """Whether a hole is an index alone, plus a constant or a param, or in a table: injective and never negative."""
+    if _is_table(value, resolved):
+        return True
     match value:
         case tree.Name():
             return True

@@ -42,7 +42,27 @@ def scope_of(resolved: ir.Map) -> Scope:
     for name, index in resolved.indices.items():
         indices[name] = (index.lower, index.upper)
         indices[name + PRIME] = tuple(None if b is None else rename(b, primed) for b in indices[name])  # type: ignore
-    return Scope({name: param.value for name, param in resolved.params.items()}, indices)
+    return Scope({name: param.value for name, param in resolved.params.items()}, indices, _tables(resolved))
+
+
+def _tables(resolved: ir.Map) -> frozenset[str]:
+    """List params that stand in names as index tables, `{A[a]}`: their values are seen to be distinct at run time.
+
+    Only those that are fields of the config: of a list that is computed from one, that one may well repeat.
+    """
+    parts = [part for rule in resolved.rules for side in rule.sides for t in side for part in t.template.parts]
+    found = set()
+    for part in parts:
+        match part:
+            case tree.NumberHole(value=tree.Lookup(value=tree.Name(path=name))) if name in resolved.params:
+                value = resolved.params[name].value
+                options = value.options if isinstance(value, tree.Default) else (value,)
+                if all(
+                    isinstance(option, tree.Name) and option.path not in resolved.params.keys() - {name}
+                    for option in options
+                ):
+                    found.add(name)
+    return frozenset(found)
 
 
 def entries(resolved: ir.Map, codecs: dict[str, AnyCodec], side: str) -> list[Entry]:

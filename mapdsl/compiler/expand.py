@@ -18,7 +18,7 @@ from mapdsl.language.diagnostics import Diagnostic, MapError
 from mapdsl.runtime.sizes import shape_of
 
 # More names than any checkpoint has: a config that promises them is broken, and listing them would only hang.
-MAX_NAMES = 5_000_000
+MAX_NAMES = 1_000_000
 MAX_COUNT = 10_000_000
 
 
@@ -102,6 +102,7 @@ class Expansion:
     params: Mapping[str, Any]
     _templates: dict[int, list[Any]] = field(default_factory=dict, repr=False)
     _sized: dict[int, list[str]] = field(default_factory=dict, repr=False)
+    _axes: dict[int, set[str]] = field(default_factory=dict, repr=False)
 
     @property
     def map(self) -> ir.Map:
@@ -143,6 +144,8 @@ class Expansion:
                 continue
             for match in self.matches(number):
                 sizes = self.sizes(match)
+                if self.is_empty(match, sizes):
+                    continue
                 for named in self.names(match, side):
                     found += self._stored(number, side, named, sizes, quantization)
                     if len(found) > MAX_NAMES:
@@ -163,6 +166,15 @@ class Expansion:
             lower, upper = self._bounds(name, match.values)
             sizes[name] = max(0, upper - lower)
         return sizes
+
+    def is_empty(self, match: Match, sizes: Mapping[str, int]) -> bool:
+        """Whether an axis of the match has no positions: a tensor without elements is on neither side."""
+        if match.rule not in self._axes:
+            layout = self.checked.layouts[match.rule]
+            shapes = [shape for side in layout.shapes for shape in side if shape is not None]
+            axes = {axis.name for shape in shapes for axis in ir.axes_of(shape) if axis.name}
+            self._axes[match.rule] = axes.union(*layout.in_names)
+        return any(sizes.get(axis) == 0 for axis in self._axes[match.rule])
 
     def pattern(self, number: int, side: str, place: int) -> str | None:
         """The shape of a tensor of a rule as the size solver reads it."""

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import keyword
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
-from mapdsl.emit.reserved import ADAPTER_NAMES, LOCAL_NAMES
+from mapdsl.emit.reserved import attribute, local
 from mapdsl.language import tree
 
 _PRECEDENCE = {"or": 1, "and": 2, "not": 3, "in": 4, "+": 5, "-": 5, "*": 6, "//": 6, "%": 6}
 _PRECEDENCE |= dict.fromkeys(("==", "!=", "<", "<=", ">", ">="), 4)
+_OPPOSITES = {"==": "!=", "!=": "==", "in": "not in"}
+_COMPARISON, _SUM, _UNARY, _ATOM = 4, 5, 7, 9
+
+# The attribute that holds each param.
+Params = Mapping[str, str]
+Spellings = Mapping[tuple[str, tuple[str, ...]], str]
 
 
-def attribute(name: str) -> str:
-    """The attribute of the adapter that holds a param."""
-    return f"{name}_" if keyword.iskeyword(name) or name in ADAPTER_NAMES else name
-
-
-def local(name: str) -> str:
-    """The local variable of an index, an enumeration or a free axis."""
-    return f"{name}_" if keyword.iskeyword(name) or name in LOCAL_NAMES else name
-
-
-def python(expr: tree.Expr, params: Iterable[str], field: Callable[[str], str] | None = None) -> str:
+def python(expr: tree.Expr, params: Params, field: Callable[[str], str] | None = None, outer: int = 0) -> str:
     """Python code of an expression. A name that is no param is a local variable, or what `field` makes of it."""
-    return _Emitter(frozenset(params), field).code(expr, 0)
+    return _Emitter(params, field).code(expr, outer)
+
+
+def difference(upper: str, lower: tree.Expr | None, params: Params) -> str:
+    """`upper - lower`; what is 0 is left out."""
+    if lower is None or (isinstance(lower, tree.Number) and lower.value == 0):
+        return upper
+    return f"{upper} - {python(lower, params, outer=_SUM + 1)}"
 
 
 class _Emitter:
-    def __init__(self, params: frozenset[str], field: Callable[[str], str] | None) -> None:
+    def __init__(self, params: Params, field: Callable[[str], str] | None) -> None:
         self.params = params
         self.field = field
 
@@ -40,10 +42,10 @@ class _Emitter:
                 return f"[{', '.join(self.code(item, 0) for item in items)}]"
             case tree.Name(path=path):
                 if path in self.params:
-                    return f"self.{attribute(path)}"
+                    return f"self.{self.params[path]}"
                 return self.field(path) if self.field else local(path)
             case tree.Lookup(value=value, index=index):
-                return f"{self.code(value, 9)}[{self.code(index, 0)}]"
+                return f"{self.code(value, _ATOM)}[{self.code(index, 0)}]"
             case tree.Call(function=function, arguments=arguments):
                 return f"{function}({', '.join(self.code(a, 0) for a in arguments)})"
             case tree.Operation(operator=operator, operands=operands):
@@ -54,19 +56,18 @@ class _Emitter:
         if operator == "not":
             return self._not(operands[0], outer)
         if len(operands) == 1:
-            return self._wrapped(f"-{self.code(operands[0], 7)}", 7, outer)
+            return self._wrapped(f"-{self.code(operands[0], _UNARY)}", _UNARY, outer)
         level = _PRECEDENCE[operator]
         # A comparison does not chain, and `a - (b - c)` keeps its parentheses: operands behind the first bind tighter.
-        first = self.code(operands[0], level + (level == 4))
+        first = self.code(operands[0], level + (level == _COMPARISON))
         rest = [self.code(operand, level + (operator not in ("or", "and"))) for operand in operands[1:]]
         return self._wrapped(f" {operator} ".join([first, *rest]), level, outer)
 
     def _not(self, operand: tree.Expr, outer: int) -> str:
         match operand:
-            case tree.Operation(operator="in", operands=(item, items)):
-                return self._wrapped(f"{self.code(item, 5)} not in {self.code(items, 5)}", 4, outer)
-            case tree.Operation(operator="==", operands=(one, other)):
-                return self._wrapped(f"{self.code(one, 5)} != {self.code(other, 5)}", 4, outer)
+            case tree.Operation(operator="in" | "==" | "!=" as operator, operands=(one, other)):
+                sides = f"{self.code(one, _SUM)} {_OPPOSITES[operator]} {self.code(other, _SUM)}"
+                return self._wrapped(sides, _COMPARISON, outer)
         return self._wrapped(f"not {self.code(operand, 3)}", 3, outer)
 
     def _wrapped(self, code: str, level: int, outer: int) -> str:
@@ -81,34 +82,32 @@ def quoted(text: str) -> str:
     return literal
 
 
-def name_code(template: tree.Template, params: Iterable[str], spelled: dict[tuple[str, tuple[str, ...]], str]) -> str:
+def name_code(template: tree.Template, params: Params, spelled: Spellings) -> str:
     """A string or f-string that spells the name of a template; `spelled` gives the variable of each enumeration."""
     pieces = []
     plain = True
     for part in template.parts:
         match part:
             case tree.Text(text=text):
-                pieces.append(quoted(text)[1:-1].replace("{", "{{").replace("}", "}}"))
+                pieces.append(quoted(text)[1:-1])
+                continue
             case tree.EnumHole(name=name, spellings=spellings):
-                pieces.append(f"{{{spelled[name, spellings]}}}")
-                plain = False
+                pieces.append(f"\0{spelled[name, spellings]}\1")
             case tree.NumberHole(value=value):
-                pieces.append(f"{{{python(value, params)}}}")
-                plain = False
-            case tree.WildcardHole(name=name):
-                pieces.append(f"{{{wildcard(name or '*')}}}")
-                plain = False
+                # A string within a string literal has the other quotes.
+                pieces.append(f"\0{python(value, params)}\1".replace('"', "'"))
+            case tree.WildcardHole(name=wild):
+                pieces.append(f"\0{wildcard(wild or '*')}\1")
+        plain = False
     text = "".join(pieces)
-    return f'"{text}"' if plain else f'f"{text}"'
+    if plain:
+        return f'"{text}"'
+    return f'f"{text.replace("{", "{{").replace("}", "}}")}"'.replace("\0", "{").replace("\1", "}")
 
 
-def pattern_code(
-    template: tree.Template,
-    params: Iterable[str],
-    spelled: dict[tuple[str, tuple[str, ...]], str],
-    open_holes: frozenset[int] = frozenset(),
-) -> str:
-    """Like `name_code`, with wildcards as the runtime's patterns spell them: `*`, `**`, and `#` for `open_holes`."""
+def pattern_code(template: tree.Template, params: Params, spelled: Spellings, numbers: Iterable[tree.Part] = ()) -> str:
+    """Like `name_code`, with wildcards as the runtime's patterns spell them: `*`, `**`, and `#` for `numbers`."""
+    open_holes = {id(part) for part in numbers}
     parts: list[tree.Part] = []
     for part in template.parts:
         if isinstance(part, tree.WildcardHole):
@@ -126,7 +125,19 @@ def wildcard(name: str) -> str:
 
 def product(factors: list[str]) -> str:
     """Sizes multiplied: `2 * f`."""
-    return " * ".join(f"({f})" if " + " in f else f for f in factors if f != "1") or "1"
+    wrapped = [f"({f})" if " + " in f or " - " in f else f for f in factors if f != "1"]
+    return " * ".join(wrapped) or "1"
 
 
-__all__ = ["attribute", "local", "name_code", "pattern_code", "product", "python", "quoted", "wildcard"]
+__all__ = [
+    "Params",
+    "Spellings",
+    "attribute",
+    "difference",
+    "local",
+    "name_code",
+    "pattern_code",
+    "product",
+    "python",
+    "quoted",
+]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Union
@@ -14,14 +17,16 @@ INDENT = "    "
 class Bracketed:
     """Code with one bracket that may be broken: `before` `(` items `)` `after`.
 
-    `comprehension` breaks between clauses instead of commas.
+    `joint` stands between the items: a comma, or a space between the clauses of a comprehension and the terms of an
+    expression. `optional` brackets stand only around broken code.
     """
 
     before: str
     items: Sequence[Code]
     after: str = ""
     brackets: str = "()"
-    comprehension: bool = False
+    joint: str = ", "
+    optional: bool = False
 
 
 Code = Union[str, Bracketed]
@@ -32,28 +37,82 @@ def call(function: str, *arguments: Code | None) -> Bracketed:
     return Bracketed(function, [a for a in arguments if a is not None])
 
 
+def comprehension(brackets: str, item: Code, clauses: Sequence[Code], before: str = "") -> Bracketed:
+    """`[item for x in y for z in x]`."""
+    return Bracketed(before, [item, *clauses], brackets=brackets, joint=" ")
+
+
+def listed(items: Sequence[str]) -> Bracketed:
+    """A tuple: `(a, b)`, `(a,)`."""
+    return Bracketed("", [*items[:-1], f"{items[-1]},"] if len(items) == 1 else items)
+
+
+# Python's operators that a line is broken before, loosest first; within a row they bind alike.
+_LEVELS = (("or",), ("and",), ("+", "-"), ("*", "//", "%"))
+
+
+def breakable(code: str, before: str = "") -> Code:
+    """An expression that may be broken: before its loosest operators, else between the arguments of a call."""
+    tokens = list(tokenize.generate_tokens(io.StringIO(code).readline))
+    found: dict[str, list[int]] = {}
+    commas: list[int] = []
+    depth = 0
+    for last, token in zip([None, *tokens], tokens, strict=False):
+        depth += (token.string in ("(", "[")) - (token.string in (")", "]"))
+        # A sign is no operator between operands.
+        is_binary = last is not None and (last.type in (tokenize.NAME, tokenize.NUMBER) or last.string in (")", "]"))
+        if depth == 0 and is_binary:
+            found.setdefault(token.string, []).append(token.start[1])
+        if depth == 1 and token.string == ",":
+            commas.append(token.start[1])
+    for level in _LEVELS:
+        if starts := sorted(start for operator in level for start in found.get(operator, [])):
+            pieces = [code[i:j].rstrip() for i, j in zip([0, *starts], [*starts, len(code)], strict=True)]
+            return Bracketed(before, pieces, joint=" ", optional=True)
+    if not code.endswith(")") or code.startswith("("):
+        return before + code
+    opened = code.index("(")
+    cuts = [opened, *commas, len(code) - 1]
+    return Bracketed(before + code[:opened], [breakable(code[i + 1 : j].strip()) for i, j in itertools.pairwise(cuts)])
+
+
 def flat(code: Code) -> str:
     """The code on one line."""
     if isinstance(code, str):
         return code
-    separator = " " if code.comprehension else ", "
-    inner = separator.join(flat(item) for item in code.items)
-    comma = "," if code.brackets == "()," and len(code.items) == 1 else ""
-    return f"{code.before}{code.brackets[0]}{inner}{comma}{code.brackets[1]}{code.after}"
+    inner = code.joint.join(flat(item) for item in code.items)
+    if code.optional:
+        return f"{code.before}{inner}{code.after}"
+    return f"{code.before}{code.brackets[0]}{inner}{code.brackets[1]}{code.after}"
 
 
 def lines(code: Code, depth: int, *, before: str = "", after: str = "") -> list[str]:
     """The code at an indentation, in as few lines as fit; `before` and `after` stand on its first and last."""
     one = f"{INDENT * depth}{before}{flat(code)}{after}"
-    if len(one) <= WIDTH or isinstance(code, str):
+    if len(one) <= WIDTH:
         return [one]
+    if isinstance(code, str):
+        return _long_string(code, depth, before, after)
     out = [f"{INDENT * depth}{before}{code.before}{code.brackets[0]}"]
-    separator = " " if code.comprehension else ", "
-    inner = separator.join(flat(item) for item in code.items)
+    inner = code.joint.join(flat(item) for item in code.items)
     if len(INDENT * (depth + 1) + inner) <= WIDTH:
         out.append(f"{INDENT * (depth + 1)}{inner}")
     else:
         for item in code.items:
-            out += lines(item, depth + 1, after="" if code.comprehension else ",")
+            item = item.removesuffix(",") if isinstance(item, str) else item
+            out += lines(item, depth + 1, after=code.joint.rstrip())
     out.append(f"{INDENT * depth}{code.brackets[1]}{code.after}{after}")
     return out
+
+
+def _long_string(code: str, depth: int, before: str, after: str) -> list[str]:
+    """What cannot be broken moves to a line of its own, behind `=` and if that helps."""
+    inner = f"{INDENT * (depth + 1)}{code}"
+    if not before.endswith(" = ") or len(inner) > WIDTH:
+        return [f"{INDENT * depth}{before}{code}{after}"]
+    return [f"{INDENT * depth}{before}(", inner, f"{INDENT * depth}){after}"]
+
+
+def fits(block: Sequence[str]) -> bool:
+    """Whether no line is too long."""
+    return all(len(line) <= WIDTH for line in block)

@@ -2,13 +2,114 @@
 
 from __future__ import annotations
 
-# Attributes of mapdsl.runtime.adapter.Adapter (a test holds this list against the class) and Python's own.
+import keyword
+from collections.abc import Iterable
+
+# Attributes of mapdsl.runtime.adapter.Adapter (a test holds this list against the class).
 ADAPTER_NAMES = frozenset(
-    "MAP LEFT RIGHT accept complement convert_single_tensor left_keys read read_into right_keys set_params to_left "
-    "to_right write write_into write_one".split()
+    (
+        "MAP",
+        "LEFT",
+        "RIGHT",
+        "accept",
+        "complement",
+        "config",
+        "found",
+        "left_keys",
+        "look",
+        "read",
+        "read_into",
+        "right_keys",
+        "set_params",
+        "write",
+        "write_into",
+        "write_one",
+    )
 )
-# Local variables, functions and modules of generated functions.
+# Local variables, keyword arguments, functions and modules of generated functions.
 LOCAL_NAMES = frozenset(
-    "self take put config torch Tensor range len enumerate positions inv_freq name target number rest segment "
-    "place float int str bool list tuple dict RAW".split()
+    (
+        "self",
+        "take",
+        "put",
+        "config",
+        "torch",
+        "Tensor",
+        "Mapping",
+        "Any",
+        "Adapter",
+        "Keys",
+        "Config",
+        "Put",
+        "Take",
+        "Wide",
+        "RAW",
+        "range",
+        "len",
+        "enumerate",
+        "positions",
+        "inv_freq",
+        "only_copy",
+        "compare",
+        "place",
+        "narrower",
+        "BlockScaled",
+        "Add",
+        "Cast",
+        "NegExp",
+        "name",
+        "target",
+        "number",
+        "rest",
+        "segment",
+        "key",
+        "shape",
+        "stored",
+        "optional",
+        "into",
+        "copy",
+        "but",
+        "int",
+        "dict",
+        "list",
+        "operands",
+        "view",
+        "annotations",
+        "print",
+        "type",
+        "float",
+        "str",
+        "bool",
+        "tuple",
+        "set",
+    )
 )
+
+
+def unclashed(name: str, reserved: Iterable[str]) -> str:
+    """The name, or the name with one more `_` where it is reserved; two names never become one."""
+    bare = name.rstrip("_")
+    return f"{name}_" if bare in reserved or keyword.iskeyword(bare) or not bare else name
+
+
+def attribute(name: str, methods: Iterable[str] = ()) -> str:
+    """The attribute of the adapter that holds a param; `methods` are those that the map's sides give their names."""
+    if name.startswith("_"):
+        return f"param{name}"  # never private, never one of Python's own
+    taken = name if name.startswith("param_") else unclashed(name, ADAPTER_NAMES | frozenset(methods))
+    return f"param_{taken}" if name.startswith("param_") else taken
+
+
+def local(name: str) -> str:
+    """The local variable of an index, an enumeration or a free axis."""
+    return unclashed(name, LOCAL_NAMES)
+
+
+def fresh(wanted: str, taken: set[str]) -> str:
+    """A variable's name that is not taken yet; it is from now on."""
+    number = 2
+    name = unclashed(wanted, LOCAL_NAMES)
+    while name in taken:
+        name, number = f"{wanted}{number}", number + 1
+    taken.add(name)
+    return name

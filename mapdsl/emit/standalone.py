@@ -16,8 +16,7 @@ from pathlib import Path
 from mapdsl import __version__
 from mapdsl.compiler.check import Checked
 from mapdsl.emit.adapter import adapter_source, environment
-
-_RUNTIME = "mapdsl.runtime"
+from mapdsl.emit.layout import INDENT, WIDTH
 
 
 @dataclass
@@ -64,8 +63,8 @@ def _in_order(names: list[str], seen: dict[str, None]) -> Iterator[Module]:
 
 def _source_of(name: str) -> str:
     spec = find_spec(name)
-    if spec is None or spec.origin is None:
-        raise AssertionError(f"the runtime has no module {name}")
+    if spec is None or spec.origin is None or spec.submodule_search_locations is not None:
+        raise AssertionError(f"{name} is no module of the runtime that can be taken in")
     return Path(spec.origin).read_text(encoding="utf-8")
 
 
@@ -84,10 +83,12 @@ def _module(name: str, source: str) -> Module:
             cut.remove(node)
         elif _is_type_checking(node) or _assigned(node) == {"__all__"}:
             cut.remove(node)
-    for node in ast.walk(parsed):
-        if isinstance(node, ast.ImportFrom) and _is_ours(node) and node not in parsed.body and not cut.holds(node):
-            _sort_import(node, needs, [])
-            cut.remove(node)
+    for part in ast.walk(parsed):
+        # An import inside a function goes too: what it names stands in the same file.
+        is_inner = isinstance(part, ast.ImportFrom) and part not in parsed.body
+        if isinstance(part, ast.ImportFrom) and is_inner and _is_ours(part) and not cut.holds(part):
+            _sort_import(part, needs, [])
+            cut.remove(part)
     defines = {word for node in parsed.body for word in _assigned(node)} - {"__all__"}
     return Module(name, title, list(dict.fromkeys(needs)), imports, cut.text(), defines)
 
@@ -123,21 +124,9 @@ def _sort_import(
     if not _is_ours(node):
         imports.append(node)
         return
-    for alias in node.names:
-        if alias.asname is not None:
-            raise AssertionError(f"the runtime imports {alias.name} under another name")
-        inner = f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
-        needs.append(inner if isinstance(node, ast.ImportFrom) and _is_module(inner) else _home(node, alias))
-
-
-def _home(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> str:
-    return (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
-
-
-def _is_module(name: str) -> bool:
-    if find_spec(name) is None:
-        return False
-    raise AssertionError(f"the runtime imports the module {name}; import its names instead, so that it can be taken in")
+    if isinstance(node, ast.Import) or any(alias.asname for alias in node.names):
+        raise AssertionError(f"the runtime says `{ast.unparse(node)}`; `from MODULE import NAME` can be taken in")
+    needs.append(node.module or "")
 
 
 def _is_ours(node: ast.Import | ast.ImportFrom) -> bool:
@@ -178,19 +167,26 @@ def _import_lines(modules: list[Module]) -> list[str]:
     for module in modules:
         for node in module.imports:
             if isinstance(node, ast.Import):
-                plain |= {alias.name if alias.asname is None else f"{alias.name} as {alias.asname}" for alias in node.names}
-            elif node.module not in ("__future__", "typing") or any(a.name != "TYPE_CHECKING" for a in node.names):
-                members.setdefault(node.module or "", set()).update(a.name for a in node.names)
+                plain |= {ast.unparse(alias) for alias in node.names}
+            else:
+                members.setdefault(node.module or "", set()).update(alias.name for alias in node.names)
     members.pop("__future__", None)
     members.get("typing", set()).discard("TYPE_CHECKING")
-    own, foreign = [], []
-    for name in sorted(plain):
-        (own if name.partition(".")[0] in sys.stdlib_module_names else foreign).append(f"import {name}")
+    lines = {f"import {name}": name for name in sorted(plain)}
     for name, words in sorted(members.items()):
-        line = f"from {name} import {', '.join(sorted(words, key=_order))}"
-        (own if name.partition(".")[0] in sys.stdlib_module_names else foreign).append(line)
-    return [*own, "", *foreign]
+        lines[_from_import(name, sorted(words, key=_order))] = name
+    own = [line for line, name in lines.items() if name.partition(".")[0] in sys.stdlib_module_names]
+    return [*own, "", *(line for line in lines if line not in own)]
+
+
+def _from_import(module: str, names: list[str]) -> str:
+    """`from MODULE import NAMES` as formatters want it: in parentheses, one name a line, where it is too long."""
+    line = f"from {module} import {', '.join(names)}"
+    if len(line) <= WIDTH:
+        return line
+    return "\n".join([f"from {module} import (", *(f"{INDENT}{name}," for name in names), ")"])
 
 
 def _order(name: str) -> tuple[int, str]:
+    """Constants, then classes, then functions."""
     return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)

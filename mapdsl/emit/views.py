@@ -5,13 +5,52 @@ Every such expression but the last step is a view, so the same code reads a piec
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from mapdsl.compiler.shapes import Piece
 from mapdsl.emit.expressions import product
+from mapdsl.emit.layout import Bracketed, Code, breakable, call
 from mapdsl.language import tree
 
 Run = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor's variable and the steps taken from it: `.unflatten(0, (2, f))`, `[e, :, j]`, `.T`."""
+
+    variable: str
+    steps: tuple[str, ...]
+
+    @property
+    def code(self) -> str:
+        """The whole expression."""
+        return self.variable + "".join(self.steps)
+
+    def then(self, *steps: str) -> View:
+        """The view with more steps."""
+        return View(self.variable, (*self.steps, *steps))
+
+    def spelled_out(self, variable: str, width: int) -> list[Code]:
+        """What to assign to a variable, one after the other, to take as many steps at a time as the width has room for.
+
+        A step that is too long by itself may be broken.
+        """
+        out: list[Code] = []
+        code = self.variable
+        fresh = True  # whether `code` holds no step yet
+        for step in self.steps:
+            if not fresh and len(code + step) > width:
+                out.append(code)
+                code, fresh = variable, True
+            if fresh and len(code + step) > width and step.startswith("."):
+                method, _, arguments = step.partition("(")
+                out.append(call(f"{code}{method}", *map(_breakable, _arguments(arguments[:-1]))))
+                code = variable
+                continue
+            code, fresh = code + step, False
+        return out if fresh and out else [*out, code]
 
 
 @dataclass(frozen=True)
@@ -40,16 +79,26 @@ class Sizes:
         raise AssertionError(dimension)
 
 
-def common_runs(one: Piece, other: Piece, selected: set[str]) -> list[Run]:
-    """The axes of `one` in order, neighbours that are neighbours in one dimension on both sides taken together."""
+def cut_dimensions(shape: tree.Shape, piece: Piece, sizes: Sizes) -> list[Run]:
+    """The axes of a piece by the dimensions that it has once the sums of its tensor are cut."""
+    path = list(piece.path)
+    dims = [_cut(d, axes, path, 0, sizes)[1] for d, axes in zip(shape.dimensions, piece.dims, strict=True)]
+    return [dim for cut in dims for dim in cut]
+
+
+def common_runs(one: list[Run], other: list[Run], alone: set[str]) -> list[Run]:
+    """The axes of `one` in order, neighbours that are neighbours in one dimension on both sides taken together.
+
+    Axes in `alone` are in no run: they are selected, or one of the sides does not have them.
+    """
     after: dict[str, str] = {}
-    for dim in other.dims:
-        after |= dict(zip(dim, dim[1:], strict=False))
+    for dim in other:
+        after |= dict(itertools.pairwise(dim))
     runs: list[Run] = []
-    for dim in one.dims:
+    for dim in one:
         last = None
         for axis in dim:
-            if axis in selected:
+            if axis in alone:
                 last = None
                 continue
             if last is not None and after.get(last) == axis:
@@ -61,47 +110,49 @@ def common_runs(one: Piece, other: Piece, selected: set[str]) -> list[Run]:
 
 
 def view(
-    variable: str, shape: tree.Shape, piece: Piece, selected: dict[str, str], runs: list[Run], sizes: Sizes
-) -> str:
+    variable: str,
+    shape: tree.Shape,
+    piece: Piece,
+    selected: dict[str, str],
+    runs: list[Run],
+    sizes: Sizes,
+) -> View:
     """The piece of a tensor as a view whose dimensions are `runs`, axes in `selected` fixed to positions."""
-    code = variable
-    held: list[Run | None] = []  # what each dimension of `code` holds; None is a dimension of size one
+    result = View(variable, ())
+    held: list[Run | None] = []  # what each dimension of the view holds; None is a dimension of size one
     path = list(piece.path)
     for dimension, axes in zip(shape.dimensions, piece.dims, strict=True):
         steps, dims = _cut(dimension, axes, path, len(held), sizes)
-        code += steps
+        result = result.then(*steps)
         for dim in dims:
             parts = _runs_of(dim, runs)
             if len(parts) > 1:
-                sizes_code = ", ".join(sizes.run(part) for part in parts)
-                code += f".unflatten({len(held)}, ({sizes_code}))"
+                result = result.then(f".unflatten({len(held)}, ({', '.join(sizes.run(part) for part in parts)}))")
             held += parts or [None]
-    code += _selection(held, selected)
+    result = result.then(*_selection(held, selected))
     left = [run for run in held if run is not None and run[0] not in selected]
-    return code + _permutation(left, runs)
+    return result.then(*_permutation(left, runs))
 
 
-def flattened(piece: Piece, runs: list[Run]) -> str:
-    """The step from a view of `runs` to the dimensions of a piece; it may copy."""
-    code = ""
-    place = 0
+def flattened(piece: Piece, runs: list[Run]) -> list[str]:
+    """The steps from a view of `runs` to the dimensions of a piece; they may copy."""
+    steps: list[str] = []
     pending = list(runs)
-    for dim in piece.dims:
+    for place, dim in enumerate(piece.dims):
         count, axes = 0, len(dim)
         while axes > 0 and pending:
             axes -= len(pending.pop(0))
             count += 1
         if count == 0:
-            code += f".unsqueeze({place})"
+            steps.append(f".unsqueeze({place})")
         elif count > 1:
-            code += f".flatten({place}, {place + count - 1})"
-        place += 1
-    return code
+            steps.append(f".flatten({place}, {place + count - 1})")
+    return steps
 
 
 def _cut(
     dimension: tree.Dimension | tree.Product, axes: Run, path: list[int], place: int, sizes: Sizes
-) -> tuple[str, list[Run]]:
+) -> tuple[list[str], list[Run]]:
     """Narrow a dimension to the terms that the path takes. Returns the steps and what each new dimension holds."""
     match dimension:
         case tree.Sum(terms=terms):
@@ -109,18 +160,28 @@ def _cut(
             start = " + ".join(sizes.dimension(term) for term in terms[:taken]) or "0"
             step = f".narrow({place}, {start}, {sizes.dimension(terms[taken])})"
             steps, dims = _cut(terms[taken], axes, path, place, sizes)
-            return step + steps, dims
+            return [step, *steps], dims
         case tree.Product(factors=factors) if any(isinstance(f, tree.Sum) for f in factors):
-            at = next(n for n, f in enumerate(factors) if isinstance(f, tree.Sum))
-            before, after = axes[:at], axes[len(axes) - (len(factors) - at - 1) :]
-            inner = axes[at : len(axes) - len(after)]
-            parts = [sizes.run(before)] if before else []
-            parts += [sizes.dimension(factors[at])]
-            parts += [sizes.run(after)] if after else []
-            step = f".unflatten({place}, ({', '.join(parts)}))"
-            steps, dims = _cut(factors[at], inner, path, place + bool(before), sizes)
-            return step + steps, [*([before] if before else []), *dims, *([after] if after else [])]
-    return "", [axes]
+            return _cut_product(factors, axes, path, place, sizes)
+    return [], [axes]
+
+
+def _cut_product(
+    factors: tuple[tree.Axis | tree.Sum, ...], axes: Run, path: list[int], place: int, sizes: Sizes
+) -> tuple[list[str], list[Run]]:
+    """Set the sum among some factors apart, then narrow it. Factors of size one hold no axis."""
+    at = next(n for n, f in enumerate(factors) if isinstance(f, tree.Sum))
+    lead, trail = (sum(f != _ONE for f in part) for part in (factors[:at], factors[at + 1 :]))
+    before, inner, after = axes[:lead], axes[lead : len(axes) - trail], axes[len(axes) - trail :]
+    parts = [sizes.run(before)] if before else []
+    parts += [sizes.dimension(factors[at])]
+    parts += [sizes.run(after)] if after else []
+    step = [f".unflatten({place}, ({', '.join(parts)}))"] if len(parts) > 1 else []
+    steps, dims = _cut(factors[at], inner, path, place + bool(before), sizes)
+    return [*step, *steps], [*([before] if before else []), *dims, *([after] if after else [])]
+
+
+_ONE = tree.Axis(size=1, span=None)  # type: ignore[arg-type]
 
 
 def _runs_of(dim: Run, runs: list[Run]) -> list[Run]:
@@ -135,18 +196,36 @@ def _runs_of(dim: Run, runs: list[Run]) -> list[Run]:
     return out
 
 
-def _selection(held: list[Run | None], selected: dict[str, str]) -> str:
+def _selection(held: list[Run | None], selected: dict[str, str]) -> list[str]:
     """`[e, :, j]`: positions of the selected axes, and 0 in dimensions of size one."""
     words = ["0" if run is None else selected.get(run[0], ":") for run in held]
     while words and words[-1] == ":":
         words.pop()
-    return f"[{', '.join(words)}]" if words else ""
+    return [f"[{', '.join(words)}]"] if words else []
 
 
-def _permutation(found: list[Run], wanted: list[Run]) -> str:
+def _permutation(found: list[Run], wanted: list[Run]) -> list[str]:
     order = [found.index(run) for run in wanted]
     if order == sorted(order):
-        return ""
+        return []
     if order == [1, 0]:
-        return ".T"
-    return f".permute({', '.join(map(str, order))})"
+        return [".T"]
+    return [f".permute({', '.join(map(str, order))})"]
+
+
+def _breakable(argument: str) -> Code:
+    """An argument that may be broken: a tuple between its items, a sum before its signs."""
+    if argument.startswith("(") and argument.endswith(")") and len(items := _arguments(argument[1:-1])) > 1:
+        return Bracketed("", [breakable(item) for item in items])
+    return breakable(argument)
+
+
+def _arguments(text: str) -> list[str]:
+    """The arguments of a call, cut at the commas that stand in no bracket."""
+    out, depth, start = [], 0, 0
+    for place, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            out.append(text[start:place])
+            start = place + 1
+    return [word.strip() for word in [*out, text[start:]] if word.strip()]

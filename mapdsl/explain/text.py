@@ -176,10 +176,7 @@ class _Writer:
                             yield "", f"for {self._range(name)}"
 
     def _name(self, tensor: ir.Tensor) -> str:
-        return partial_name(tensor.template, self.values, self._matched_choice(), self.reading.texts)
-
-    def _matched_choice(self) -> dict[str, int]:
-        return {name: n for name, n in self.reading.choice.items() if name in self.reading.layout.matched}
+        return partial_name(tensor.template, self.values, self.reading.choice, self.reading.texts)
 
     def _shape(self, tensor: ir.Tensor) -> str:
         if tensor.shape is None:

@@ -61,7 +61,7 @@ class Diagnostic:
         width = max((len(str(s.line)) for s in self.spans), default=0)
         for number, span in enumerate(self.spans):
             if self.subject or (number and span.source is not self.spans[0].source):
-                lines.append(f"{' ' * width} --> {span}")
+                lines.append(f"{' ' * width} --> {printable(str(span))}")
             lines += _excerpt(span, width)
         for title, text in (("witness", self.witness), ("help", self.help)):
             if text:

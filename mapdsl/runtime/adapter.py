@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.complement import RAW, Complement
-from mapdsl.runtime.config import Config
-from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.config import Config, UndecidedError
+from mapdsl.runtime.errors import ConversionError, rule_at_work
+from mapdsl.runtime.name_list import NameList
 from mapdsl.runtime.put import Put, Sink
 from mapdsl.runtime.sizes import shape_of
-from mapdsl.runtime.take import NameList, Take
+from mapdsl.runtime.take import Take
 
 Keys = dict[str, tuple["tuple[int | None, ...] | None", "torch.dtype | None"]]
 
@@ -22,8 +24,8 @@ Keys = dict[str, tuple["tuple[int | None, ...] | None", "torch.dtype | None"]]
 class Adapter:
     """Converts states between the two sides of a map, left (what is stored) and right.
 
-    A compiled adapter defines `set_params`, `accept`, and the two mirrored conversions `to_right` and `to_left`, and
-    gives their public methods the names of its sides. `config` is the config of the left side's checkpoint: a mapping,
+    A compiled adapter defines `set_params`, `accept`, and the two mirrored conversions `_to_right` and `_to_left`, and
+    gives the public methods the names of its sides. `config` is the config of the left side's checkpoint: a mapping,
     an object with the fields, or the path of its config.json; `params` are params of the map given by name.
     """
 
@@ -33,10 +35,9 @@ class Adapter:
 
     def __init__(self, config: Any = None, **params: Any) -> None:
         self.complement = Complement()
-        self.given = params
-        values = Config(config, params)
-        self.set_params(values)
-        values.finish()
+        self.config = Config(config, params)
+        self.set_params(self.config)
+        self.config.finish()
 
     # --- what a compiled adapter defines ---
 
@@ -47,25 +48,26 @@ class Adapter:
     def accept(self, take: Take) -> None:
         """Respell legacy names, and look which layout variant is there."""
 
-    def to_right(self, take: Take, put: Put) -> None:
+    def _to_right(self, take: Take, put: Put) -> None:
         """Read the left side, make the right one."""
         raise NotImplementedError
 
-    def to_left(self, take: Take, put: Put) -> None:
+    def _to_left(self, take: Take, put: Put) -> None:
         """Read the right side, make the left one."""
         raise NotImplementedError
 
     def found(self, param: str) -> bool:
         """What reading found for a param that is `has(...)`; N115 where nothing was read."""
         if param not in self.complement.found:
-            raise ConversionError("N115", f"`{param}` depends on the checkpoint: read one first, or give {param}=True or False")
+            message = f"`{param}` depends on the checkpoint: read one first, or give {param}=True or False"
+            raise UndecidedError("N115", message)
         return self.complement.found[param]
 
-    def look(self, take: Take, param: str, pattern: str) -> bool:
-        """Answer `has(...)`: does the checkpoint hold a name of the pattern? What the caller gave wins."""
-        found = self.given.get(param, take.holds(pattern))
+    def look(self, take: Take, param: str, *patterns: str) -> None:
+        """Answer `has(...)`: does the checkpoint hold a name of one of the patterns? What the caller gave wins."""
+        found = self.config.given.get(param, any(take.holds(pattern) for pattern in patterns))
         self.complement.found[param] = bool(found)
-        return bool(found)
+        self.set_params(self.config)
 
     # --- whole states ---
 
@@ -95,10 +97,19 @@ class Adapter:
     ) -> None:
         """Like `read`, each tensor given to `sink` as soon as it is made; `read_back` gives one of them again."""
         self.complement.clear()
-        take = Take(state_dict, dtype=dtype, partial=partial, complement=self.complement)
-        put = Put(sink, read_back, dtype=dtype, complement=self.complement)
-        self.accept(take)
-        self.to_right(take, put)
+        complement = self.complement
+        take = Take(state_dict, dtype=dtype, partial=partial, entries=complement.entries, spelled=complement.spelled)
+        put = Put(
+            sink,
+            read_back,
+            dtype=dtype,
+            entries=self.complement.right,
+            named=_once(self._right_named),
+            device=lambda: take.device,
+        )
+        with _naming_the_rule():
+            self.accept(take)
+            self._to_right(take, put)
         take.finish()
 
     def write(
@@ -128,9 +139,20 @@ class Adapter:
     ) -> None:
         """Like `write`, each tensor given to `sink` as soon as it is made."""
         self.complement.edited.clear()
-        take = Take(state_dict, partial=partial, complement=self.complement)
-        put = Put(sink, read_back, quantization=quantization, complement=self.complement)
-        self.to_left(take, put)
+        self.complement.right.clear()
+        self.set_params(self.config)
+        take = Take(state_dict, partial=partial, quantization=quantization, entries=self.complement.right)
+        put = Put(
+            sink,
+            read_back,
+            quantization=quantization,
+            entries=self.complement.entries,
+            edited=self.complement.edited,
+            named=_once(self._left_named),
+            device=lambda: take.device,
+        )
+        with _naming_the_rule():
+            self._to_left(take, put)
         take.finish()
 
     def write_one(self, name: str, tensor: Tensor, *, quantization: bool = False) -> list[tuple[str, Tensor]]:
@@ -145,31 +167,79 @@ class Adapter:
         Optional tensors and what wildcards carry are not listed. With `quantization` formats are those that reading
         found, else the first of the map.
         """
-        names = NameList()
-        self.to_right(names, Put(_refuse, _refuse))
-        chooser = Put(_refuse, _refuse, quantization=quantization, complement=self.complement)
-        keys: Keys = {}
-        for name, stored, shape, sizes in names.names:
-            logical = None if shape is None else shape_of(shape, sizes)
-            codec = chooser.alternative(name, stored)
-            if not isinstance(codec, Codec):
-                keys[name] = (logical, None)
-            elif logical is not None and None not in logical:
-                parts = codec.stored(name, tuple(size or 0 for size in logical))
-                keys |= {part: (form, dtype) for part, (dtype, form) in parts.items()}
-            else:
-                keys |= dict.fromkeys(codec.names(name), (None, None))
-        return keys
+        chooser = Put(_refuse, _refuse, quantization=quantization, entries=self.complement.entries)
+        return _keys(self._listed(self._to_right), chooser)
 
     def right_keys(self) -> Keys:
         """Every name of the right side, with its shape where map and config fix it."""
+        return _keys(self._listed(self._to_left), Put(_refuse, _refuse, entries=self.complement.right))
+
+    def _listed(self, direction: Callable[[Any, Put], None]) -> NameList:
+        """What a direction would take of a whole state."""
+        self.set_params(self.config)
         names = NameList()
-        self.to_left(names, Put(_refuse, _refuse))
-        return {name: (None if shape is None else shape_of(shape, sizes), None) for name, _, shape, sizes in names.names}
+        with _naming_the_rule():
+            direction(names, Put(_ignore, _refuse, device=lambda: torch.device("meta")))
+        return names
+
+    def _left_named(self) -> set[str]:
+        return self._listed(self._to_right).named
+
+    def _right_named(self) -> set[str]:
+        return self._listed(self._to_left).named
+
+
+def _keys(names: NameList, chooser: Put) -> Keys:
+    keys: Keys = {}
+    for name, stored, shape, sizes in names.names:
+        logical = None if shape is None else shape_of(shape, sizes)
+        codec = chooser.alternative(name, stored)
+        if not isinstance(codec, Codec):
+            keys[name] = (logical, None)
+        elif logical is not None and None not in logical:
+            parts = codec.stored(name, tuple(size or 0 for size in logical))
+            keys |= {part: (form, dtype) for part, (dtype, form) in parts.items()}
+        else:
+            keys |= dict.fromkeys(codec.names(name), (None, None))
+    return keys
+
+
+def _once(names: Callable[[], set[str]]) -> Callable[[], set[str]]:
+    """The function, called when its result is first asked for."""
+    found: list[set[str]] = []
+
+    def remembered() -> set[str]:
+        if not found:
+            found.append(names())
+        return found[0]
+
+    return remembered
+
+
+@contextmanager
+def _naming_the_rule() -> Iterator[None]:
+    """Errors out of a conversion name the rule that was at work."""
+    try:
+        yield
+    except ConversionError as err:
+        err.rule = err.rule or rule_at_work(err.__traceback__)
+        raise
+    except (ZeroDivisionError, TypeError) as err:
+        # The map's own arithmetic on values of the config; whatever else raises these is not ours to explain.
+        rule = rule_at_work(err.__traceback__, innermost=True)
+        if not rule:
+            raise
+        if isinstance(err, ZeroDivisionError):
+            raise ConversionError("C505", "a param that the map divides by is 0", rule) from None
+        raise ConversionError("N118", f"values of the config are of the wrong kind: {err}", rule) from None
+
+
+def _ignore(name: str, tensor: Tensor) -> None:
+    """Constants are made while names are listed, on the meta device, and go nowhere."""
 
 
 def _refuse(*_: Any) -> Any:
     raise AssertionError("nothing is put while names are listed")
 
 
-__all__ = ["RAW", "Adapter", "Keys"]
+__all__ = ["RAW", "Adapter", "Keys", "Tensor"]

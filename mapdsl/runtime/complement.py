@@ -18,23 +18,28 @@ class Raw:
 RAW = Raw()
 Alternatives = tuple["Codec | Raw", ...]
 
+# By name of a tensor: the alternative found, and what its codec keeps (None for a raw tensor, or one moved undecoded).
+Entries = MutableMapping[str, "tuple[str, Kept | None]"]
+
 
 @dataclass
 class Complement:
-    """What reading found, by stored name: the alternative, and what its codec keeps (None for a raw tensor).
+    """What reading found of the left side, by stored name, and what writing found of the right side, if it has codecs.
 
-    `found` also holds the answers of `has(...)` by param. After writing, `edited` counts by stored name the blocks whose
-    value had changed, so that they were encoded anew. `spelled` holds the legacy spellings that were read, by the names
-    that they were read as. A caller may put a mapping of its own in the place of `entries`, one that keeps them on disk.
+    `found` also holds the answers of `has(...)` by param. After writing, `edited` counts by stored name the blocks
+    whose value had changed, so that they were encoded anew. `spelled` holds the legacy spellings that were read, by the
+    names that they were read as. A caller may put a mapping of its own in the place of `entries`, one that keeps them
+    on disk.
     """
 
-    entries: MutableMapping[str, tuple[str, Kept | None]] = field(default_factory=dict)
+    entries: Entries = field(default_factory=dict)
+    right: Entries = field(default_factory=dict)
     found: dict[str, bool] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)
     edited: dict[str, int] = field(default_factory=dict)
 
     def clear(self) -> None:
-        """Forget everything: a new checkpoint is read."""
+        """Forget the left side: a new checkpoint is read."""
         self.entries.clear()
         self.found.clear()
         self.spelled.clear()

@@ -77,9 +77,3 @@ class Wide:
         for segment in self.pattern.split("."):
             marks += [segment] if segment in ("*", "**") else ["#"] * segment.count("#")
         return [text for text, mark in zip(texts, marks, strict=True) if mark == "#"]
-
-
-def filled(pattern: str, texts: tuple[str, ...]) -> str:
-    """The name of a pattern with its wildcards filled in, in order."""
-    parts = list(texts)
-    return ".".join(parts.pop(0) if segment in ("*", "**") else segment for segment in pattern.split("."))

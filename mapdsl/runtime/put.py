@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec
-from mapdsl.runtime.complement import RAW, Alternatives, Complement, Raw
+from mapdsl.runtime.complement import RAW, Alternatives, Complement, Entries, Raw
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.take import AS_IS
+from mapdsl.runtime.undecoded import Undecoded
 
 Sink = Callable[[str, Tensor], None]
 
@@ -18,8 +19,9 @@ Sink = Callable[[str, Tensor], None]
 class Put:
     """Hands finished tensors to `sink`, each name once.
 
-    `quantization` decides among the alternatives of a stored tensor: True takes what reading found, else the first;
-    False takes `raw` where the map allows it.
+    `quantization` decides among the alternatives of a stored tensor: True takes what reading found (`entries`), else
+    the first; False takes `raw` where the map allows it. `edited` counts blocks that were encoded anew. `named` gives
+    the names that rules without `{..}` speak of; `device` that of the tensors being converted.
     """
 
     def __init__(
@@ -29,45 +31,74 @@ class Put:
         *,
         dtype: torch.dtype = torch.bfloat16,
         quantization: bool = True,
-        complement: Complement | None = None,
+        entries: Entries | None = None,
+        edited: dict[str, int] | None = None,
+        named: Callable[[], Container[str]] = frozenset,
+        device: Callable[[], torch.device | None] = lambda: None,
     ) -> None:
         self.sink = sink
         self.read_back = read_back
         self.dtype = dtype
         self.quantization = quantization
-        self.complement = complement if complement is not None else Complement()
+        self.entries = entries if entries is not None else Complement().entries
+        self.edited = edited if edited is not None else {}
+        self._named = named
+        self._device = device
         self._names: set[str] = set()
 
     def __call__(self, name: str, tensor: Tensor | None, stored: Alternatives = AS_IS) -> None:
         """Put a tensor under a name; None (an absent tensor) puts nothing."""
         if tensor is None:
             return
+        if isinstance(tensor, Undecoded):
+            for part, value in zip(tensor.codec.names(name), tensor.parts, strict=True):
+                self._out(part, value)
+            return
         codec = self.alternative(name, stored)
         if isinstance(codec, Raw):
             self._out(name, tensor)
             return
-        entry = self.complement.entries.get(name)
+        entry = self.entries.get(name)
         kept = entry[1] if entry is not None and entry[0] == codec.name else None
         encoded = codec.encode(name, tensor, kept)
         if encoded.edited:
-            self.complement.edited[name] = encoded.edited
+            self.edited[name] = encoded.edited
         for part, value in encoded.parts.items():
             self._out(part, value)
 
     def part(self, name: str, view: Tensor, stored: Alternatives = AS_IS) -> None:
         """Put a piece of a larger tensor: it gets memory of its own."""
-        if self.alternative(name, stored) is RAW:
+        if isinstance(view, Undecoded):
+            view = view.contiguous_clone()
+        elif self.alternative(name, stored) is RAW:
             view = view.clone(memory_format=torch.contiguous_format)
         self(name, view, stored)
 
+    def carried(
+        self, name: str, tensor: Tensor | None, stored: Alternatives = AS_IS, *, but: tuple[Container[str], ...] = ()
+    ) -> None:
+        """Put a tensor that a wildcard carries; R603 for a name of another rule, or of a narrower wildcard, `but`."""
+        if tensor is not None and (name in self._named() or any(name in narrower for narrower in but)):
+            raise ConversionError("R603", f"a wildcard would carry a tensor over to {name}, a name of another rule")
+        self(name, tensor, stored)
+
     def full(self, name: str, shape: tuple[int, ...], value: float, stored: Alternatives = AS_IS) -> None:
         """Put a constant tensor."""
-        self(name, torch.full(shape, value, dtype=self.dtype), stored)
+        self(name, torch.full(shape, value, dtype=self.dtype, device=self._device()), stored)
 
-    def tie(self, name: str, other: str) -> None:
-        """Put a tensor that equals one put before."""
-        if other in self._names:
-            self._out(name, self.read_back(other))
+    def made(self, name: str, tensor: Tensor, stored: Alternatives = AS_IS) -> None:
+        """Put a tensor that the map computes."""
+        self(name, tensor.to(self._device() or tensor.device), stored)
+
+    def tie(self, name: str, other: str, stored: Alternatives = AS_IS) -> None:
+        """Put a tensor that equals one put before, companions included."""
+        pairs = {name: other}
+        for codec in stored:
+            if isinstance(codec, Codec):
+                pairs |= dict(zip(codec.names(name), codec.names(other), strict=True))
+        for mine, twin in pairs.items():
+            if twin in self._names:
+                self._out(mine, self.read_back(twin))
 
     def alternative(self, name: str, stored: Alternatives) -> Codec | Raw:
         """The format that a tensor is written in."""
@@ -75,7 +106,7 @@ class Put:
             return stored[0]
         if not self.quantization and RAW in stored:
             return RAW
-        if (entry := self.complement.entries.get(name)) is not None:
+        if (entry := self.entries.get(name)) is not None:
             return next((codec for codec in stored if codec.name == entry[0]), stored[0])
         return stored[0]
 

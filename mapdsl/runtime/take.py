@@ -4,25 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from typing import NamedTuple, Union, cast
 
 import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec
-from mapdsl.runtime.complement import RAW, Alternatives, Complement, Raw
+from mapdsl.runtime.codecs.formats import FLOAT_DTYPES
+from mapdsl.runtime.complement import RAW, Alternatives, Complement, Entries, Raw
 from mapdsl.runtime.errors import ConversionError
-from mapdsl.runtime.names import captures, filled
-from mapdsl.runtime.sizes import SizeError, axis_sizes
+from mapdsl.runtime.fitting import compare, fitted, place, reshaped, same_bytes
+from mapdsl.runtime.names import Wide, captures, literal_start
+from mapdsl.runtime.sizes import parse_pattern
+from mapdsl.runtime.undecoded import Undecoded
 
 AS_IS: Alternatives = (RAW,)
+NOT_AT_ALL: Alternatives = ()
+
+# The names of one operand of a rule, the pattern of their shape, and how they are stored (as they are, if not said).
+Names = Union[str, Iterable[str]]
+Operand = Union["tuple[Names, str]", "tuple[Names, str, Alternatives]"]
+
+# A state with fewer tensors than this asks for no more groups that are not there: the config is out of its mind.
+MAX_ABSENT = 10_000_000
+
+
+class Member(NamedTuple):
+    """What is known of a tensor of the group at hand; `moved` is the codec that it is moved in, undecoded."""
+
+    stored: Alternatives
+    shape: str | None
+    sizes: Mapping[str, int]
+    moved: Codec | None
 
 
 class Take:
     """The tensors of one side, handed out once each.
 
     `tensors` may be lazy: each of its values is asked for once. A tensor that is stored in one of several formats comes
-    decoded, in `dtype`; what decoding loses goes to `complement`. With `partial`, groups that are absent as a whole are
-    left out; a part of a group is an error always.
+    decoded, in `dtype`; what decoding loses goes to `entries`, legacy spellings to `spelled`. With `partial`, groups
+    that are absent as a whole are left out; a part of a group is an error always. Without `quantization` a tensor that
+    may be stored as it is on the other side is decoded even where both sides share its codec.
     """
 
     def __init__(
@@ -31,21 +53,31 @@ class Take:
         *,
         dtype: torch.dtype = torch.bfloat16,
         partial: bool = False,
-        complement: Complement | None = None,
+        quantization: bool = True,
+        entries: Entries | None = None,
+        spelled: dict[str, str] | None = None,
     ) -> None:
         self.tensors = tensors
         self.dtype = dtype
         self.partial = partial
-        self.complement = complement if complement is not None else Complement()
+        self.quantization = quantization
+        self.entries = entries if entries is not None else Complement().entries
         self._left = dict.fromkeys(tensors)
-        self._spelled: dict[str, str] = {}
+        self._spelled = spelled if spelled is not None else {}
         self._fetched: dict[str, Tensor] = {}
         self._taken: set[str] = set()
         self._shut: set[str] = set()
-        self._group: tuple[str, Alternatives] = ("", AS_IS)
+        self._shut_wide: list[Wide] = []
+        self._members: dict[str, Member] = {}
+        self._firsts: list[str] = []
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._absent = 0
+        self._device: torch.device | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self._left or name in self._fetched
+
+    # --- single tensors ---
 
     def __call__(
         self,
@@ -54,100 +86,89 @@ class Take:
         *,
         shape: str | None = None,
         optional: bool = False,
+        into: Alternatives = NOT_AT_ALL,
         **sizes: int,
     ) -> Tensor | None:
         """The tensor of a name, decoded; None where it may be absent and is.
 
-        `shape` is a pattern such as `V d` that the tensor must fit, under the `sizes` known.
+        `shape` is a pattern such as `V d` that the tensor must fit, under the `sizes` known. `into` says how the other
+        side stores it: in a codec that both sides share it is moved undecoded.
         """
-        if not self.group((name,), stored, optional=optional):
+        if not self._gather([([name], shape, stored)], optional, into, sizes):
             return None
-        codec = self._alternative(name, stored)
-        if isinstance(codec, Raw):
+        return self.part(name)
+
+    # --- groups ---
+
+    def group(self, *operands: Operand, optional: bool = False, into: Alternatives = NOT_AT_ALL, **sizes: int) -> bool:
+        """Whether the tensors of one match are there: all, or an error; none is fine where they may be absent.
+
+        An operand is `(names, shape)` or `(names, shape, stored)`; `sizes` are those of axes known beforehand.
+        """
+        whole = []
+        for names, shape, *rest in operands:
+            listed = [names] if isinstance(names, str) else list(names)
+            whole.append((listed, shape, rest[0] if rest else AS_IS))
+        return self._gather(whole, optional, into, sizes)  # type: ignore[arg-type]
+
+    def sizes(self, *axes: str) -> tuple[int, ...]:
+        """Sizes of axes that are not known beforehand, read off the first tensor of each operand of the group."""
+        patterns = [self._members[name].shape or "" for name in self._firsts]
+        shapes = [size for name in self._firsts for size in self._shape(name)]
+        known = self._members[self._firsts[0]].sizes
+        for name in self._firsts:
+            if len(self._firsts) > 1:
+                self._check_dimensions(name)
+        found = fitted(" + ".join(self._firsts), " ".join(patterns), shapes, known)
+        return tuple(found[axis] for axis in axes)
+
+    def size(self, axis: str) -> int:
+        """The size of one axis; see `sizes`."""
+        return self.sizes(axis)[0]
+
+    def empty(self, *shape: int) -> Tensor:
+        """A new tensor to fill with the group: of the dtype, once decoded, and on the device of its first tensor."""
+        name = self._firsts[0]
+        member = self._members[name]
+        if member.moved is not None:
+            parts = tuple(self._peek(part) for part in member.moved.names(name))
+            return cast(Tensor, Undecoded(member.moved, parts).new_empty(*shape))
+        codec = self._alternative(name, member.stored)
+        model = self._peek(name if isinstance(codec, Raw) else codec.payload(name))
+        return torch.empty(shape, dtype=model.dtype if isinstance(codec, Raw) else self.dtype, device=model.device)
+
+    def part(self, name: str) -> Tensor:
+        """A tensor of the group at hand, decoded and checked against the shape of its operand."""
+        member = self._members[name]
+        codec = self._alternative(name, member.stored)
+        if member.moved is not None:
+            if codec is not member.moved:
+                found = f"{name} is stored as {codec.name}, the rest of its group as {member.moved.name}"
+                raise ConversionError("R606", found)
+            tensor = cast(Tensor, Undecoded(codec, tuple(self._take(part) for part in codec.names(name))))
+            self.entries[name] = (codec.name, None)
+        elif isinstance(codec, Raw):
             tensor = self._take(name)
-            if stored is not AS_IS:
-                self.complement.entries[name] = (codec.name, None)
+            if member.stored is not AS_IS:
+                self.entries[name] = (codec.name, None)
         else:
             parts = {part: self._take(part) for part in codec.names(name)}
             tensor = codec.decode(name, parts, self.dtype)
-            self.complement.entries[name] = (codec.name, codec.keep(name, parts, self.dtype))
-        if shape is not None:
-            fitted(name, shape, tensor.shape, sizes)
+            self.entries[name] = (codec.name, codec.keep(name, parts, self.dtype))
+        if member.shape is not None:
+            fitted(name, member.shape, tensor.shape, member.sizes)
+        self._shapes[name] = tuple(tensor.shape)
         return tensor
 
-    def group(
-        self,
-        names: Iterable[str],
-        stored: Alternatives = AS_IS,
-        *,
-        shape: str | None = None,
-        optional: bool = False,
-        **sizes: int,
-    ) -> bool:
-        """Whether the tensors of one match are there: all, or an error; none is fine where they may be absent.
+    def into(self, view: Tensor, name: str, *, copy: bool = False) -> None:
+        """Take a tensor of the group at hand and write it to its place in another, `view`.
 
-        `shape` and `sizes` say what each of them looks like, for those who list names only.
+        `view` may cut the tensor's dimensions finer. A `copy` must equal what is there.
         """
-        del shape, sizes
-        wanted = list(names)
-        self._group = (wanted[0] if wanted else "", stored)
-        if not wanted:
-            return False
-        missing = [name for name in wanted if name not in self and not self._elsewhere(name, stored)]
-        if not missing:
-            return True
-        if len(missing) == len(wanted) and (optional or self.partial):
-            return False
-        for name in missing:
-            if name in self._taken:
-                raise ConversionError("R604", f"{name} is asked for twice")
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        if len(wanted) == 1:
-            raise ConversionError("R605", f"{shown} is missing")
-        raise ConversionError("R605", f"{len(missing)} of {len(wanted)} tensors of a group are missing: {shown}")
-
-    def into(
-        self,
-        view: Tensor,
-        name: str,
-        stored: Alternatives = AS_IS,
-        *,
-        copy: bool = False,
-        shape: str | None = None,
-        **sizes: int,
-    ) -> None:
-        """Take a tensor and write it to its place in another, `view`.
-
-        Where `view` cuts the dimensions finer, `shape` states the tensor's own. A `copy` must equal what is there.
-        """
-        tensor = self(name, stored, shape=shape, **sizes)
-        if tensor is None:
-            return
-        if shape is not None:
-            tensor = tensor.reshape(view.shape)
-        if copy:
-            compare(view, tensor, name)
-        else:
-            place(view, tensor, name)
-
-    def sizes(self, name: str, pattern: str, **known: int) -> tuple[int, ...]:
-        """Sizes of the unknown axes of a pattern, in order of their first mention.
-
-        They are read off a tensor of the group just found.
-        """
-        codec = self._alternative(name, self._group[1])
-        shape = tuple(self._peek(name if isinstance(codec, Raw) else codec.payload(name)).shape)
-        if isinstance(codec, Codec):
-            shape = codec.logical_shape(shape)
-        found = fitted(name, pattern, shape, known)
-        return tuple(size for axis, size in found.items() if axis not in known)
-
-    def empty(self, *shape: int) -> Tensor:
-        """A new tensor to fill, of the dtype and on the device of the group just found, once decoded."""
-        name, stored = self._group
-        codec = self._alternative(name, stored)
-        model = self._peek(name if isinstance(codec, Raw) else codec.payload(name))
-        return torch.empty(shape, dtype=model.dtype if isinstance(codec, Raw) else self.dtype, device=model.device)
+        tensor = self.part(name)
+        if tensor.shape != view.shape and self._members[name].shape is not None:
+            tensor = reshaped(name, tensor, view)
+        (compare if copy else place)(view, tensor, name)
 
     # --- tensors of one side only ---
 
@@ -159,66 +180,89 @@ class Take:
                 self._fetched.pop(part, None)
                 self._taken.add(part)
 
-    def equal(self, name: str, value: float | Tensor, stored: Alternatives = AS_IS, **shape: int) -> None:
+    def equal(
+        self,
+        name: str,
+        value: float | Tensor,
+        stored: Alternatives = AS_IS,
+        *,
+        shape: str | None = None,
+        optional: bool = False,
+        **sizes: int,
+    ) -> None:
         """Take a tensor and see that every element is `value` in its dtype; R601 names the first that differs."""
-        tensor = self(name, stored)
-        if tensor is not None and not tensor.is_meta:
-            wanted = torch.as_tensor(value, device=tensor.device).to(tensor.dtype)
-            if wanted.ndim and wanted.shape != tensor.shape:
-                raise ConversionError("R606", f"{name}: expected {list(wanted.shape)}, found {list(tensor.shape)}")
+        if not self._gather([([name], shape, stored)], optional, NOT_AT_ALL, sizes):
+            return
+        tensor = self.part(name)
+        wanted = torch.as_tensor(value, device=tensor.device).to(tensor.dtype)
+        if wanted.ndim and wanted.shape != tensor.shape:
+            raise ConversionError("R606", f"{name}: expected {list(wanted.shape)}, found {list(tensor.shape)}")
+        if not tensor.is_meta:
             same_bytes(name, tensor, wanted.expand(tensor.shape), "the value that the map states")
 
-    def tied(self, name: str, other: str) -> None:
-        """Take a tensor that must equal another of this side, not taken yet, byte for byte."""
-        if not self.group((name, other)):
+    def tied(self, name: str, other: str, stored: Alternatives = AS_IS, *, optional: bool = False) -> None:
+        """Take a tensor that must equal another of this side, not taken yet, byte for byte as stored."""
+        if name not in self and (optional or self.partial) and not self._elsewhere(name, stored):
             return
-        tensor, twin = self._take(name), self._peek(other)
-        if tensor.is_meta:
+        if not self._gather([([name, other], None, stored)], optional, NOT_AT_ALL, {}):
             return
-        if twin.shape != tensor.shape or twin.dtype != tensor.dtype:
-            found = f"{list(tensor.shape)} {tensor.dtype}"
-            raise ConversionError("R601", f"{name} is {found}, its tied {other} {list(twin.shape)} {twin.dtype}")
-        same_bytes(name, tensor, twin, other)
+        codec = self._alternative(name, stored)
+        if isinstance(codec, Raw):
+            pairs = [(name, other)]
+        else:
+            pairs = list(zip(codec.names(name), codec.names(other), strict=True))
+        for one, twin_name in pairs:
+            if twin_name not in self:
+                raise ConversionError("R601", f"{one} is stored as {codec.name}, its tied {other} is not")
+            tensor, twin = self._take(one), self._peek(twin_name)
+            if twin.shape != tensor.shape or twin.dtype != tensor.dtype:
+                found = f"{list(tensor.shape)} {tensor.dtype}"
+                raise ConversionError("R601", f"{one} is {found}, its tied {twin_name} {list(twin.shape)} {twin.dtype}")
+            if not tensor.is_meta:
+                same_bytes(one, tensor, twin, twin_name)
+        if stored is not AS_IS:
+            self.entries[name] = (codec.name, None)
 
     # --- names ---
 
     def accept(self, old: str, new: str, stored: Alternatives = AS_IS) -> None:
-        """Read a legacy spelling under its new name; `**` stands for the rest of a name."""
-        if "*" in old:
-            for name in list(self._left):
-                if (texts := captures(old, name)) is not None:
-                    self._respell(name, filled(new, texts))
-            return
-        olds, news = [old], [new]
+        """Read a legacy spelling, companions included, under its new name; what was respelled is not so again."""
+        pairs = {old: new}
         for codec in stored:
             if isinstance(codec, Codec):
-                olds += codec.names(old)
-                news += codec.names(new)
-        for one, other in dict(zip(olds, news, strict=True)).items():
-            if one in self._left:
-                self._respell(one, other)
-
-    def _respell(self, name: str, new: str) -> None:
-        if new in self._left:
-            raise ConversionError("C506", f"{name} is the legacy spelling of {new}, and both are there")
-        del self._left[name]
-        self._left[new] = None
-        self._spelled[new] = name
-        self.complement.spelled[new] = name
+                pairs |= dict(zip(codec.names(old), codec.names(new), strict=True))
+        for name, spelled in pairs.items():
+            if name not in self._left or name in self._spelled:
+                continue
+            if spelled in self._left:
+                raise ConversionError("C506", f"{name} is the legacy spelling of {spelled}, and both are there")
+            del self._left[name]
+            self._left[spelled] = None
+            self._spelled[spelled] = name
 
     def holds(self, pattern: str) -> bool:
         """Whether a name of this pattern is there (`#` a number, `*` a segment, `**` several)."""
-        return any(captures(pattern, name) is not None for name in self._left)
+        return any(True for _ in self._fitting(pattern))
 
-    def wild(self, pattern: str) -> Iterator[tuple[str, ...]]:
-        """What the wildcards of a pattern stand for, for every name not taken yet that fits it."""
-        for name in list(self._left):
-            if name not in self._shut and (texts := captures(pattern, name)) is not None:
+    def wild(self, pattern: str, *but: Wide) -> Iterator[tuple[str, ...]]:
+        """What the wildcards of a pattern stand for, for every name not taken yet that fits it.
+
+        `but` are names that narrower wildcards carry, or would if their guards held.
+        """
+        for name, texts in list(self._fitting(pattern)):
+            closed = name in self._shut or any(name in wide for wide in (*but, *self._shut_wide))
+            if name in self and not closed:
                 yield texts
 
-    def shut(self, *names: str) -> None:
+    def shut(self, *names: str | Wide) -> None:
         """Names that a rule names but whose guard does not hold: no wildcard carries them."""
-        self._shut.update(names)
+        self._shut.update(name for name in names if isinstance(name, str))
+        self._shut_wide += [name for name in names if isinstance(name, Wide)]
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the tensors, once one was taken."""
+        return self._device
 
     def finish(self) -> None:
         """Refuse what no rule has taken."""
@@ -229,6 +273,73 @@ class Take:
             raise ConversionError("R603", f"no rule reads {shown}{more}")
 
     # --- within ---
+
+    def _gather(
+        self,
+        operands: list[tuple[list[str], str | None, Alternatives]],
+        optional: bool,
+        into: Alternatives,
+        sizes: Mapping[str, int],
+    ) -> bool:
+        """Note the members of a group, and see whether it is there.
+
+        A group may be absent whole where that is said, and where its tensors have no elements: no expert, no name.
+        """
+        self._members = {
+            name: Member(stored, shape, sizes, None) for names, shape, stored in operands for name in names
+        }
+        self._shapes = {}
+        self._firsts = [names[0] for names, _, _ in operands if names]
+        members = self._members
+        missing = [name for name, of in members.items() if name not in self and not self._elsewhere(name, of.stored)]
+        if not missing:
+            self._move_undecoded(into)
+            return bool(members)
+        if len(missing) < len(members) or not (optional or self.partial or min(sizes.values(), default=1) <= 0):
+            self._refuse_incomplete(missing, len(members))
+        self._count_absent()
+        return False
+
+    def _count_absent(self) -> None:
+        self._absent += 1
+        if self._absent > MAX_ABSENT:
+            message = (
+                f"more than {MAX_ABSENT:,} groups of tensors are not there: the config cannot be that of the state"
+            )
+            raise ConversionError("C505", message)
+
+    def _refuse_incomplete(self, missing: list[str], count: int) -> None:
+        for name in missing:
+            if name in self._taken:
+                raise ConversionError("R604", f"{name} is asked for twice")
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        whole = f"{len(missing)} of {count} tensors of a group are missing: {shown}"
+        raise ConversionError("R605", f"{shown} is missing" if count == 1 else whole)
+
+    def _move_undecoded(self, into: Alternatives) -> None:
+        """Members whose codec, judged by the first, the other side has too are moved in their stored form."""
+        if not into or not self._firsts or (not self.quantization and RAW in into):
+            return
+        first = self._firsts[0]
+        codec = self._alternative(first, self._members[first].stored)
+        if isinstance(codec, Codec) and codec in into:
+            self._members = {name: member._replace(moved=codec) for name, member in self._members.items()}
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, once decoded, without taking it."""
+        if name in self._shapes:
+            return self._shapes[name]
+        codec = self._alternative(name, self._members[name].stored)
+        if isinstance(codec, Raw):
+            return tuple(self._peek(name).shape)
+        return codec.logical_shape(tuple(self._peek(codec.payload(name)).shape))
+
+    def _check_dimensions(self, name: str) -> None:
+        """Of several operands each has the dimensions that its own pattern says, before they are solved together."""
+        wanted, found = len(parse_pattern(self._members[name].shape or "")), list(self._shape(name))
+        if wanted != len(found):
+            pattern = self._members[name].shape
+            raise ConversionError("R606", f"{name}: expected {wanted} dimensions, [{pattern}], found {found}")
 
     def _alternative(self, name: str, stored: Alternatives) -> Codec | Raw:
         """The alternative that a stored tensor is in, by the dtype of its payload and the companions beside it."""
@@ -242,7 +353,8 @@ class Take:
                 dtype = self._peek(codec.payload(name)).dtype
                 if codec.recognises(name, dtype, self.__contains__):
                     return codec
-                if codec.claims(name, dtype):
+                # A float of 16 bits or more stands by itself; a narrow one means nothing without its scales.
+                if codec.claims(name, dtype) and not (RAW in stored and dtype in FLOAT_DTYPES):
                     claimed = claimed or codec
         if claimed is not None:
             lacking = next(part for part in claimed.companions(name).values() if part not in self)
@@ -257,10 +369,19 @@ class Take:
         """Whether a codec keeps the payload under another name, and that is there."""
         return any(isinstance(c, Codec) and c.payload(name) != name and c.payload(name) in self for c in stored)
 
+    def _fitting(self, pattern: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Names not taken yet that fit a pattern, with what its wildcards stand for."""
+        start = literal_start(pattern)
+        for name in [*self._left, *self._fetched]:
+            if name.startswith(start) and (texts := captures(pattern, name)) is not None:
+                yield name, texts
+
     def _peek(self, name: str) -> Tensor:
         if name not in self._fetched:
             self._left.pop(name, None)
-            self._fetched[name] = self.tensors[self._spelled.get(name, name)]
+            tensor = self.tensors[self._spelled.get(name, name)]
+            self._fetched[name] = tensor
+            self._device = tensor.device
         return self._fetched[name]
 
     def _take(self, name: str) -> Tensor:
@@ -271,75 +392,3 @@ class Take:
         del self._fetched[name]
         self._taken.add(name)
         return tensor
-
-
-class NameList(Take):
-    """Takes nothing: writes down what would be taken. Running a conversion over it lists the names of its side."""
-
-    def __init__(self) -> None:
-        super().__init__({}, partial=True)
-        self.names: list[tuple[str, Alternatives, str | None, dict[str, int]]] = []
-
-    def __call__(
-        self, name: str, stored: Alternatives = AS_IS, *, shape: str | None = None, optional: bool = False, **sizes: int
-    ) -> None:
-        """Note one name."""
-        if not optional:
-            self.names.append((name, stored, shape, sizes))
-
-    def group(
-        self,
-        names: Iterable[str],
-        stored: Alternatives = AS_IS,
-        *,
-        shape: str | None = None,
-        optional: bool = False,
-        **sizes: int,
-    ) -> bool:
-        """Note the names of a group."""
-        if not optional:
-            self.names += [(name, stored, shape, sizes) for name in names]
-        return False
-
-    def drop(self, name: str, stored: Alternatives = AS_IS) -> None:
-        """A dropped tensor is no part of the layout."""
-
-
-def fitted(name: str, pattern: str, shape: Iterable[int], known: Mapping[str, int]) -> dict[str, int]:
-    """Sizes of all axes of a pattern against a tensor's shape; an error names the tensor."""
-    try:
-        return axis_sizes(pattern, tuple(shape), known)
-    except SizeError as err:
-        raise ConversionError(err.code, f"{name}: {err}") from None
-
-
-def place(view: Tensor, tensor: Tensor, name: str) -> None:
-    """Copy a tensor to its place in another, where shape and dtype must agree."""
-    if view.shape != tensor.shape:
-        expected, found = list(view.shape), list(tensor.shape)
-        raise ConversionError("R606", f"{name}: expected {expected} as in the rest of its group, found {found}")
-    if view.dtype != tensor.dtype:
-        raise ConversionError("R606", f"{name}: expected {view.dtype} as in the rest of its group, found {tensor.dtype}")
-    view.copy_(tensor)
-
-
-def compare(view: Tensor, tensor: Tensor, name: str) -> None:
-    """R602 unless a copy equals the first one, byte for byte."""
-    if view.shape != tensor.shape or view.dtype != tensor.dtype:
-        expected, found = f"{list(view.shape)} {view.dtype}", f"{list(tensor.shape)} {tensor.dtype}"
-        raise ConversionError("R602", f"{name}: expected {expected} as in its other copies, found {found}")
-    if not view.is_meta:
-        same_bytes(name, tensor, view, "the first of its copies", "R602")
-
-
-def same_bytes(name: str, tensor: Tensor, wanted: Tensor, what: str, code: str = "R601") -> None:
-    """R601 (or R602) at the first element whose bytes differ."""
-    if tensor.numel() == 0:
-        return
-    one = tensor.contiguous().reshape(-1).view(torch.uint8)
-    other = wanted.contiguous().reshape(-1).view(torch.uint8)
-    if not torch.equal(one, other):
-        flat = int((one != other).nonzero()[0]) // tensor.element_size()
-        place_ = [int(n) for n in torch.unravel_index(torch.tensor(flat), tensor.shape)]
-        found, expected = tensor.reshape(-1)[flat].item(), wanted.reshape(-1)[flat].item()
-        raise ConversionError(code, f"{name} differs from {what} at {place_}: expected {expected}, found {found}")

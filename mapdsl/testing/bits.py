@@ -20,8 +20,8 @@ PLAIN_DTYPES = (
     torch.bool,
 )
 
-# Quiet and signalling NaNs of both signs with payloads, -0.0, the smallest denormal, both infinities; for bytes that are
-# codes or bare exponents: the ends of the range, and the code 8 in either nibble.
+# Quiet and signalling NaNs of both signs with payloads, -0.0, the smallest denormal, both infinities; for bytes that
+# are codes or bare exponents: the ends of the range, and the code 8 in either nibble.
 _SPECIALS = {
     torch.float64: (0x7FF8000000000001, -0xFFFFFFFFFFFFF, -(1 << 63), 1, 0x7FF << 52),
     torch.float32: (0x7FC00001, -0x7FFFFF, -(1 << 31), 1, 0x7F800000, -0x800000),
@@ -51,8 +51,8 @@ def random_bits(generator: torch.Generator, shape: tuple[int, ...], dtype: torch
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=generator, dtype=torch.uint8).bool()
     count = math.prod(shape)
-    raw = torch.randint(0, 256, (count * dtype.itemsize,), generator=generator, dtype=torch.uint8)
-    elements = raw.view(_INTEGERS[dtype.itemsize])
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, (-(-count * dtype.itemsize // 8),), generator=generator)
+    elements = words.view(torch.uint8)[: count * dtype.itemsize].view(_INTEGERS[dtype.itemsize])
     specials = _SPECIALS.get(dtype, ())
     if specials and count:
         places = torch.randint(0, count, (1 + count // 3,), generator=generator)

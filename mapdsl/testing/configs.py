@@ -9,12 +9,16 @@ from typing import Any
 
 from mapdsl.compiler.check import Checked
 from mapdsl.compiler.expand import Expansion, expand, param_values
+from mapdsl.compiler.fields import Field, Fields
+from mapdsl.compiler.formula import EvaluationError, evaluate
+from mapdsl.language import tree
 from mapdsl.language.diagnostics import MapError, error
-from mapdsl.testing.fields import Field, Fields
 
 # Sizes of axes: primes where nothing is packed, so that no transpose can hide in a square; and around a block's edge.
 SIZES = (2, 3, 5, 7, 11, 13, 17, 19)
 EVEN_SIZES = (2, 4, 6, 8, 10, 12, 14, 22, 34, 38, 62, 66)
+# A state of more tensors is no example: comparing it in every way would take hours.
+MAX_TENSORS = 20_000
 _TRIES = 200
 
 
@@ -41,6 +45,8 @@ def draw_config(checked: Checked, fields: Fields, rng: Random, given: Mapping[st
             return expanded(checked, config, {**answers, **given})
         except MapError as err:
             problem = err
+            if any(diagnostic.code == "N111" for diagnostic in err.diagnostics):
+                raise  # a param was given that the map does not have: no config mends that
     reason = problem.diagnostics[0].message if problem else ""
     raise error("C505", f"no small config fits this map: {reason}", help="give one with --config")
 
@@ -48,12 +54,16 @@ def draw_config(checked: Checked, fields: Fields, rng: Random, given: Mapping[st
 def expanded(checked: Checked, config: Mapping[str, Any], given: Mapping[str, Any]) -> Drawn:
     """The map under a config; MapError where it has no value for a param, a guard or an index."""
     expansion = expand(checked, param_values(checked, config, given))
-    for number in range(len(checked.map.rules)):
+    count = 0
+    for number, rule in enumerate(checked.map.rules):
         for match in expansion.matches(number):
             expansion.sizes(match)
             for side in ("left", "right"):
                 for _ in expansion.names(match, side):
-                    pass
+                    count += 1
+                    if count > MAX_TENSORS:
+                        message = f"the config makes more than {MAX_TENSORS:,} tensors, too many for an example"
+                        raise error("C505", message, rule.span, help="give a small config, or none: then one is drawn")
     return Drawn(config, given, expansion)
 
 
@@ -110,6 +120,8 @@ def scalar(field: Field, reach: int, rng: Random, sizes: list[int]) -> Any:
     near = [n for literal in field.literals for n in (literal - 1, literal, literal + 1) if n >= 0]
     if near and rng.random() < 0.7:
         return rng.choice(near)
+    if field.is_divisor or field.is_divided:
+        return rng.choice((1, 2, 2, 3, 4) if field.is_divisor else (4, 8, 12, 24))
     if field.is_size or field.is_factor:
         # What is multiplied with others stays small, so that their product does.
         fitting = [size for size in sizes if not field.is_factor or size < 15]
@@ -123,10 +135,7 @@ def scalar(field: Field, reach: int, rng: Random, sizes: list[int]) -> Any:
 def _list(field: Field, reach: int, rng: Random, counts: list[int], sizes: list[int]) -> list[Any]:
     """A list: as long as one of the counts where its length matters, else long enough for every lookup."""
     element = field.items()
-    if field.measured:
-        length = rng.choice([*counts, *counts, rng.randint(0, reach)])
-    else:
-        length = 3 * reach + 2
+    length = rng.choice([*counts, *counts, rng.randint(0, reach)]) if field.measured else 3 * reach + 2
     if field.distinct:
         return rng.sample(range(2 * length + 2), length)
     if element.kind == "list":
@@ -136,3 +145,11 @@ def _list(field: Field, reach: int, rng: Random, counts: list[int], sizes: list[
     others: list[Any] = ["other"] if element.kind == "str" else [0, 1] if element.kind == "int" else [True, False]
     pool = [*element.literals, *element.literals, *others]
     return [rng.choice(pool) for _ in range(length)]
+
+
+def value_of(expr: tree.Expr, values: Mapping[str, Any]) -> Any:
+    """The value of an expression; ContradictionError where it has none."""
+    try:
+        return evaluate(expr, values)
+    except EvaluationError as err:
+        raise ContradictionError(str(err.message)) from None

@@ -29,7 +29,7 @@ class Placement:
         self.rule, self.layout, self.indices, self.sizes = rule, layout, indices, sizes
 
     def moved(self, tensors: Tensors, wanted: Mapping[Place, tuple[int, ...]], source: int) -> dict[Place, Tensor]:
-        """The tensors of the other side, of the `wanted` shapes. Elements may be of any dtype; give them as integers."""
+        """The tensors of the other side, of the `wanted` shapes. Elements are given as integers."""
         if self.layout.is_rename:
             ((_, tensor),) = tensors.items()
             return dict.fromkeys(wanted, tensor)
@@ -95,7 +95,8 @@ class Placement:
                 before = sum(self._size(t) for t in terms[:term])
                 return self._cut(tensor.narrow(at, before, self._size(terms[term])), at, terms[term], path)
             case tree.Product(factors=factors):
-                tensor = tensor.unflatten(at, tuple(self._size(factor) for factor in factors))
+                sizes = [self._size(factor) for factor in factors]
+                tensor = tensor.unflatten(at, sizes)  # type: ignore[no-untyped-call]
                 for factor in factors:
                     tensor, at = self._cut(tensor, at, factor, path)
                 return tensor, at

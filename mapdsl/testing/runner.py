@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mapdsl.language.diagnostics import MapError
@@ -31,26 +32,37 @@ class Row:
 class Failure:
     """A property that does not hold, on the smallest example found.
 
-    `seed` and `config` give the example again: `suite.example(config, seed)`.
+    `seed` and `config` give the example again: `suite.example(config, seed)`. `also` are properties that failed on the
+    same example in the same way.
     """
 
     name: str
+    title: str
     message: str
     config: Mapping[str, Any]
     seed: str
     tensors: tuple[int, int]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every property that failed so."""
+        return (self.name, *self.also)
 
     def text(self, map_path: str) -> str:
         """The failure with all that is needed to see it again."""
         left, right = self.tensors
+        params = f", params={dict(self.params)!r}" if self.params else ""
         lines = [
-            f"{self.name} does not hold: {PROPERTIES[self.name].__doc__}",
+            f"{self.name} does not hold: {self.title}",
             *("  " + line for line in self.message.splitlines()),
-            f"  config: {dict(self.config)}",
             f"  states: {left} tensors on the left, {right} on the right",
+            *([f"  the same on this example: {', '.join(self.also)}"] if self.also else []),
             "to see it again:",
             "  from mapdsl.testing import PROPERTIES, load_suite",
-            f"  example = load_suite({map_path!r}).example({dict(self.config)!r}, {self.seed!r})",
+            f"  config = {dict(self.config)!r}",
+            f"  example = load_suite({map_path!r}{params}).example(config, {self.seed!r})",
             f"  PROPERTIES[{self.name!r}](example)",
         ]
         return "\n".join(lines)
@@ -66,9 +78,7 @@ class Report:
     tensors: int = 0
 
 
-def run(
-    suite: Suite, *, config: Mapping[str, Any] | None = None, examples: int = 25, seed: int | str = 0
-) -> Report:
+def run(suite: Suite, *, config: Mapping[str, Any] | None = None, examples: int = 25, seed: int | str = 0) -> Report:
     """Hold every property against `examples` examples, all from one seed; with a config given, all of that config.
 
     A property that failed is not tried again. MapError where no example can be drawn.
@@ -76,13 +86,13 @@ def run(
     report = Report([Row(name) for name in PROPERTIES])
     shrinker = _Shrinker(suite, fixed=config is not None)
     for number in range(examples):
-        failed = {failure.name for failure in report.failures}
         own = f"{seed}.{number}"
         example = suite.draw(own) if config is None else suite.example(config, own)
         report.examples += 1
         report.tensors += len(example.left.order)
+        alike: dict[str, list[str]] = {}
         for row in report.rows:
-            if row.name in failed:
+            if any(row.name in failure.names for failure in report.failures):
                 continue
             start = time.perf_counter()
             message = broken(example, row.name)
@@ -90,7 +100,9 @@ def run(
             if message is None:
                 row.held += 1
             else:
-                report.failures.append(shrinker.smallest(row.name, example, message))
+                alike.setdefault(message, []).append(row.name)
+        for message, (name, *also) in alike.items():
+            report.failures.append(replace(shrinker.smallest(name, example, message), also=tuple(also)))
     return report
 
 
@@ -122,7 +134,7 @@ class _Shrinker:
         # A config given again draws its states anew, so the failure as it is told must be one of those.
         best = self._fails(name, config, example.seed)
         if best is None:
-            return Failure(name, message, config, example.seed, _counts(example))
+            return Failure(name, self.title(name), message, config, example.seed, _counts(example), self.suite.params)
         candidates = iter(self._candidates(best))
         while (smaller := next(candidates, None)) is not None and self._goes_on(start):
             found = self._fails(name, smaller, example.seed)
@@ -131,6 +143,15 @@ class _Shrinker:
         self.seconds -= time.perf_counter() - start
         self.small.append(best.config)
         return best
+
+    def title(self, name: str) -> str:
+        """What a property says, in the map's own words for its sides."""
+        resolved = self.suite.checked.map
+        return re.sub(
+            r"\b(left|right)\b",
+            lambda side: resolved.left if side[0] == "left" else resolved.right,
+            PROPERTIES[name].__doc__ or "",
+        )
 
     def _candidates(self, best: Failure, *, known: bool = True) -> Iterator[Mapping[str, Any]]:
         if self.fixed:
@@ -152,7 +173,7 @@ class _Shrinker:
                 return None
             message = broken(example, name)
             if message is not None:
-                return Failure(name, message, config, own, _counts(example))
+                return Failure(name, self.title(name), message, config, own, _counts(example), self.suite.params)
         return None
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mapdsl.compiler import codecs as compiled
 from mapdsl.compiler import ir
 from mapdsl.compiler.codecs import AnyCodec
 from mapdsl.compiler.expand import Expansion, Match, Named
-from mapdsl.runtime.codecs.base import Codec
-from mapdsl.runtime.codecs.block_scaled import BlockScaled
-from mapdsl.runtime.codecs.values import Add, Cast, NegExp
+from mapdsl.testing.formats import runtime_codec, written
 from mapdsl.testing.reference import Place
 
 SIDES = ("left", "right")
@@ -51,7 +48,7 @@ def place_of(named: Named) -> Place:
 class Group:
     """All tensors of one match on one side.
 
-    `exact` says whether a trip to the other side and back promises every byte; `kept` whether anything comes back at all.
+    `exact` says whether a trip to the other side and back promises every byte, `kept` whether anything comes back.
     """
 
     match: Match
@@ -120,18 +117,6 @@ def made_names(expansion: Expansion, state: State, *, quantization: bool) -> dic
     return made
 
 
-def written(codecs: list[AnyCodec], quantization: bool) -> AnyCodec | None:
-    """The format that a tensor is written in when nothing was read."""
-    raw = next((codec for codec in codecs if codec.kind == "raw"), None)
-    return raw if raw is not None and not quantization else codecs[0] if codecs else None
-
-
-def fits(codec: AnyCodec, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of this shape can be stored so: packed elements fill whole bytes."""
-    per = getattr(codec, "per", 1)
-    return per == 1 or bool(shape and shape[-1] % per == 0)
-
-
 def tied_name(rule: ir.Rule, match: Match) -> str | None:
     """The name that a one-sided rule's tensor equals, if the rule is a tie."""
     from mapdsl.compiler.collide import spell
@@ -145,36 +130,6 @@ def tied_name(rule: ir.Rule, match: Match) -> str | None:
     return spell(found, dict(match.values), texts)
 
 
-def runtime_codec(codec: AnyCodec) -> Codec:
-    """The runtime's codec of a checked declaration."""
-    match codec:
-        case compiled.BlockScaled():
-            return BlockScaled(
-                codec.name,
-                codec.element,
-                codec.block,
-                codec.scale,
-                codec.scale_dtypes,
-                codec.squeeze,
-                codec.packed,
-                codec.payload,
-            )
-        case compiled.Codec(kind="cast"):
-            return Cast(codec.name, codec.name)
-        case compiled.Codec(kind="add"):
-            return Add(codec.name, codec.amount)
-        case compiled.Codec(kind="neg_exp"):
-            return NegExp(codec.name)
-    raise AssertionError(f"no runtime codec of kind {codec.kind}")
-
-
 def wild_values(values: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
     """Values of a match with the texts of its wildcards, as `Expansion.names` spells them."""
     return {**values, **{f"{{{name}}}": text for name, text in texts.items()}}
-
-
-def all_matches(state: State) -> Iterator[tuple[Group, Logical]]:
-    """Every tensor with its group."""
-    for group in state.groups:
-        for tensor in group.tensors:
-            yield group, tensor

@@ -20,17 +20,17 @@ from torch import Tensor
 from mapdsl.checkpoint.against import has_answers
 from mapdsl.compiler.check import Checked, check
 from mapdsl.compiler.expand import Expansion
+from mapdsl.compiler.fields import Fields, fields_of
 from mapdsl.emit.adapter import adapter_source, class_name
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import error
 from mapdsl.map import Map, load
-from mapdsl.testing.configs import ContradictionError, Drawn, draw_config, expanded
+from mapdsl.testing.configs import ContradictionError, Drawn, draw_config, expanded, nested
 from mapdsl.testing.drawing import Drawer
-from mapdsl.testing.fields import Fields, fields_of
 from mapdsl.testing.readers import Readers
 from mapdsl.testing.states import State
 
-_TRIES = 100
+_TRIES = 40
 
 
 class Counted(Mapping[str, Tensor]):
@@ -88,18 +88,25 @@ class Suite:
                 problem = str(err)
         raise error("C505", f"no small config fits this map: {problem}", help="give one with --config")
 
-    def example(self, config: Mapping[str, Any], seed: int | str) -> Example:
-        """An example with this config; MapError where it has no value for a param, or no states go with it."""
+    def example(self, config: Mapping[str, Any], seed: int | str, *, quick: bool = False) -> Example:
+        """An example with this config; MapError where it has no value for a param, or no states go with it.
+
+        With `quick` tensors of many elements are an error too.
+        """
         problem = ""
         for attempt in range(_TRIES):
             rng = Random(f"answers {seed} {attempt}")
             answers = {text: rng.random() < 0.5 for text in self.fields.has}
             drawn = expanded(self.checked, config, {**answers, **self.params})
             try:
-                return Example(self, drawn, f"{seed}.{attempt}")
+                return Example(self, drawn, f"{seed}.{attempt}", quick=quick)
             except ContradictionError as err:
                 problem = str(err)
         raise error("C505", f"no checkpoint goes with this config: {problem}")
+
+    def example_of(self, fields: Mapping[str, Any], seed: int | str) -> Example:
+        """An example with a config of these fields by dotted path, None for an absent one; errors as of `example`."""
+        return self.example(nested({p: v for p, v in fields.items() if v is not None}), seed, quick=True)
 
     def shuffled(self, order: int) -> type[Any]:
         """The adapter of the same map with its rules in another order; MapError if that does not hold."""
@@ -172,11 +179,15 @@ class Example:
         return self._drawer(Random(f"ordinary {self.seed}")).state("right", ordinary_values=True)
 
 
-def load_suite(path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> Suite:
-    """The suite of a map, by path or shipped name, and of a compiled adapter module by path."""
+def load_suite(
+    path: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None = None,
+    params: Mapping[str, Any] | None = None,
+) -> Suite:
+    """The suite of a map, by path or shipped name, and of a compiled adapter module; `params` are given ones."""
     tested = load(path)
     if adapter is None:
-        return Suite(tested)
+        return Suite(tested, params=params)
     spec = importlib.util.spec_from_file_location(Path(adapter).stem, adapter)
     if spec is None or spec.loader is None or not Path(adapter).is_file():
         raise error("C507", f"there is no adapter module {Path(adapter)}; compile it with `mapdsl compile -o`")
@@ -185,7 +196,7 @@ def load_suite(path: str | os.PathLike[str], adapter: str | os.PathLike[str] | N
     name = class_name(tested.checked.map.name)
     if not hasattr(module, name):
         raise error("C507", f"{Path(adapter)} has no {name}: it is compiled from another map")
-    return Suite(tested, getattr(module, name))
+    return Suite(tested, getattr(module, name), params)
 
 
 def _has_in(expr: tree.Expr) -> bool:
@@ -219,7 +230,7 @@ def _adapter_of(checked: Checked, what: str) -> type[Any]:
     filename = f"<mapdsl {checked.map.file.source.path}, {what}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     module = ModuleType(f"mapdsl_{checked.map.name}")
-    exec(compile(source, filename, "exec"), module.__dict__)  # noqa: S102 (our own emitted code)
+    exec(compile(source, filename, "exec"), module.__dict__)
     return getattr(module, class_name(checked.map.name))  # type: ignore[no-any-return]
 
 

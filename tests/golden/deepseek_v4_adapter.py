@@ -1,6 +1,6 @@
 """Adapter of deepseek_v4: hf <-> native.
 
-Generated from deepseek_v4.map (sha256 36a0e0de57d87751).
+Generated from deepseek_v4.map (sha256 5087d0ab4e942f5e).
 Do not edit: change the map and run `mapdsl compile`.
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from mapdsl.runtime.adapter import Adapter, Keys
+from mapdsl.runtime.adapter import Adapter, Keys, Tensor
 from mapdsl.runtime.codecs.block_scaled import BlockScaled
 from mapdsl.runtime.complement import RAW
 from mapdsl.runtime.config import Config
@@ -24,9 +22,15 @@ FP8 = BlockScaled(
     "f8e4m3",
     block=(128, 128),
     scale="{stem}.scale",
-    scale_dtypes=("f8e8m0", "f32"),
+    scale_dtypes=("f8e8m0", "f32", "bf16"),
 )
-FP8V3 = BlockScaled("fp8v3", "f8e4m3", block=(128, 128), scale="{key}_scale_inv")
+FP8V3 = BlockScaled(
+    "fp8v3",
+    "f8e4m3",
+    block=(128, 128),
+    scale="{key}_scale_inv",
+    scale_dtypes=("f32", "bf16", "f8e8m0"),
+)
 FP4 = BlockScaled(
     "fp4", "f4e2m1", block=(1, 32), scale="{stem}.scale", scale_dtypes=("f8e8m0",)
 )
@@ -44,65 +48,71 @@ class DeepseekV4Adapter(Adapter):
 
     def set_params(self, config: Config) -> None:
         """Params of the map, from the config of the `hf` checkpoint."""
-        self.L = config.param("L", lambda: config.field("num_hidden_layers"))
-        self.H = config.param(
+        self.L = config.count("L", lambda: config.field("num_hidden_layers"))
+        self.H = config.number(
             "H",
             lambda: config.field("num_hash_layers"),
             lambda: len(positions(config.field("mlp_layer_types"), "hash_moe")),
             lambda: 0,
         )
-        self.M = config.param(
+        self.M = config.count(
             "M", lambda: config.field("num_nextn_predict_layers"), lambda: 0
         )
-        self.vision = config.param(
+        self.vision = config.number(
             "vision", lambda: config.field("vision_n_layers"), lambda: 0
         )
-        self.stated = config.param(
+        self.stated = config.number(
             "stated",
             lambda: len(config.field("compress_ratios")),
             lambda: len(config.field("layer_types")),
             lambda: 0,
         )
-        self.sliding = config.param(
+        self.sliding = config.items(
             "sliding",
             lambda: positions(config.field("compress_ratios"), 0),
             lambda: positions(config.field("layer_types"), "sliding_attention"),
-            lambda: [],
+            list,
         )
-        self.sparse = config.param(
+        self.sparse = config.items(
             "sparse",
             lambda: positions(config.field("compress_ratios"), 4),
-            lambda: positions(config.field("layer_types"), "compressed_sparse_attention"),
-            lambda: [],
+            lambda: positions(
+                config.field("layer_types"), "compressed_sparse_attention"
+            ),
+            list,
         )
-        self.V = config.param("V", lambda: config.field("vocab_size"))
-        self.D = config.param("D", lambda: config.field("hidden_size"))
-        self.Din = config.param("Din", lambda: config.field("hidden_size"))
-        self.A = config.param("A", lambda: config.field("num_attention_heads"))
-        self.C = config.param("C", lambda: config.field("head_dim"))
-        self.Q = config.param("Q", lambda: config.field("q_lora_rank"))
-        self.G = config.param("G", lambda: config.field("o_groups"))
-        self.O = config.param("O", lambda: config.field("o_lora_rank"))
-        self.P = config.param(
+        self.V = config.size("V", lambda: config.field("vocab_size"))
+        self.D = config.size("D", lambda: config.field("hidden_size"))
+        self.Din = config.size("Din", lambda: config.field("hidden_size"))
+        self.A = config.size("A", lambda: config.field("num_attention_heads"))
+        self.C = config.size("C", lambda: config.field("head_dim"))
+        self.Q = config.size("Q", lambda: config.field("q_lora_rank"))
+        self.G = config.size("G", lambda: config.field("o_groups"))
+        self.O = config.size("O", lambda: config.field("o_lora_rank"))
+        self.P = config.size(
             "P",
-            lambda: config.field("num_attention_heads") * config.field("head_dim") // config.field("o_groups"),
+            lambda: (
+                config.field("num_attention_heads")
+                * config.field("head_dim")
+                // config.field("o_groups")
+            ),
         )
-        self.IA = config.param("IA", lambda: config.field("index_n_heads"))
-        self.IC = config.param("IC", lambda: config.field("index_head_dim"))
-        self.E = config.param("E", lambda: config.field("n_routed_experts"))
-        self.T = config.param("T", lambda: config.field("num_experts_per_tok"))
-        self.F = config.param("F", lambda: config.field("moe_intermediate_size"))
-        self.S = config.param("S", lambda: config.field("n_shared_experts"), lambda: 1)
-        self.Z = config.param(
+        self.IA = config.size("IA", lambda: config.field("index_n_heads"))
+        self.IC = config.size("IC", lambda: config.field("index_head_dim"))
+        self.E = config.count("E", lambda: config.field("n_routed_experts"))
+        self.T = config.size("T", lambda: config.field("num_experts_per_tok"))
+        self.F = config.size("F", lambda: config.field("moe_intermediate_size"))
+        self.S = config.size("S", lambda: config.field("n_shared_experts"), lambda: 1)
+        self.Z = config.size(
             "Z",
             lambda: config.field("moe_latent_size"),
             lambda: config.field("hidden_size"),
         )
-        self.R = config.param("R", lambda: config.field("hc_mult"))
-        self.W = config.param(
+        self.R = config.size("R", lambda: config.field("hc_mult"))
+        self.W = config.size(
             "W", lambda: config.field("hc_mult") * config.field("hidden_size")
         )
-        self.X = config.param(
+        self.X = config.size(
             "X", lambda: config.field("hc_mult") * (config.field("hc_mult") + 2)
         )
 
@@ -110,10 +120,12 @@ class DeepseekV4Adapter(Adapter):
         """Legacy spellings and layout variants of the `hf` side."""
         # 121: accept layers.{L+k}.{..} for mtp.{k}.{..}
         for k in range(self.M):
-            take.accept(f"layers.{self.L + k}.**", f"mtp.{k}.**")
+            for (rest,) in take.wild(f"layers.{self.L + k}.**"):
+                take.accept(f"layers.{self.L + k}.{rest}", f"mtp.{k}.{rest}")
         # 122: accept model.layers.{L+k}.{..} for mtp.{k}.{..}
         for k in range(self.M):
-            take.accept(f"model.layers.{self.L + k}.**", f"mtp.{k}.**")
+            for (rest,) in take.wild(f"model.layers.{self.L + k}.**"):
+                take.accept(f"model.layers.{self.L + k}.{rest}", f"mtp.{k}.{rest}")
 
     def from_hf(
         self, state_dict: Mapping[str, Tensor], **options: Any
@@ -141,7 +153,7 @@ class DeepseekV4Adapter(Adapter):
         """Names of the `native` side, shapes and dtypes where they are fixed."""
         return self.right_keys()
 
-    def to_right(self, take: Take, put: Put) -> None:
+    def _to_right(self, take: Take, put: Put) -> None:
         """`hf` -> `native`."""
         # 43: embed.weight <-> model.embed_tokens.weight [V D]
         put(
@@ -164,195 +176,7 @@ class DeepseekV4Adapter(Adapter):
                 put(f"model.image_{t}", take(f"image_{t}", shape="D", D=self.D))
 
         for i in range(self.L):
-            # 52: attn_norm.weight <-> input_layernorm.weight [D]
-            put(
-                f"model.layers.{i}.input_layernorm.weight",
-                take(f"layers.{i}.attn_norm.weight", shape="D", D=self.D),
-            )
-            # 53: ffn_norm.weight <-> post_attention_layernorm.weight [D]
-            put(
-                f"model.layers.{i}.post_attention_layernorm.weight",
-                take(f"layers.{i}.ffn_norm.weight", shape="D", D=self.D),
-            )
-            # 54: hc_{s:attn|ffn}_fn <-> {s}_hc.fn [X W]
-            for s in ("attn", "ffn"):
-                put(
-                    f"model.layers.{i}.{s}_hc.fn",
-                    take(f"layers.{i}.hc_{s}_fn", shape="X W", X=self.X, W=self.W),
-                )
-            # 55: hc_{s:attn|ffn}_base <-> {s}_hc.base [X]
-            for s in ("attn", "ffn"):
-                put(
-                    f"model.layers.{i}.{s}_hc.base",
-                    take(f"layers.{i}.hc_{s}_base", shape="X", X=self.X),
-                )
-            # 56: hc_{s:attn|ffn}_scale <-> {s}_hc.scale [3]
-            for s in ("attn", "ffn"):
-                put(
-                    f"model.layers.{i}.{s}_hc.scale",
-                    take(f"layers.{i}.hc_{s}_scale", shape="3"),
-                )
-            # 58: attn.attn_sink <-> self_attn.sinks_param.weight [A]
-            put(
-                f"model.layers.{i}.self_attn.sinks_param.weight",
-                take(f"layers.{i}.attn.attn_sink", shape="A", A=self.A),
-            )
-            # 59: attn.q_norm.weight <-> self_attn.q_norm.weight [Q]
-            put(
-                f"model.layers.{i}.self_attn.q_norm.weight",
-                take(f"layers.{i}.attn.q_norm.weight", shape="Q", Q=self.Q),
-            )
-            # 60: attn.kv_norm.weight <-> self_attn.kv_norm.weight [C]
-            put(
-                f"model.layers.{i}.self_attn.kv_norm.weight",
-                take(f"layers.{i}.attn.kv_norm.weight", shape="C", C=self.C),
-            )
-            # 61: attn.wq_a.weight as fp8|fp8v3|raw <-> self_attn.wq_a.weight [Q D]
-            put(
-                f"model.layers.{i}.self_attn.wq_a.weight",
-                take(
-                    f"layers.{i}.attn.wq_a.weight",
-                    FP8_FP8V3_RAW,
-                    shape="Q D",
-                    Q=self.Q,
-                    D=self.D,
-                ),
-            )
-            # 62: attn.wq_b.weight as fp8|fp8v3|raw <-> self_attn.wq_b.weight [(A C) Q]
-            put(
-                f"model.layers.{i}.self_attn.wq_b.weight",
-                take(
-                    f"layers.{i}.attn.wq_b.weight",
-                    FP8_FP8V3_RAW,
-                    shape="(A C) Q",
-                    A=self.A,
-                    C=self.C,
-                    Q=self.Q,
-                ),
-            )
-            # 63: attn.wkv.weight as fp8|fp8v3|raw <-> self_attn.wkv.weight [C D]
-            put(
-                f"model.layers.{i}.self_attn.wkv.weight",
-                take(
-                    f"layers.{i}.attn.wkv.weight",
-                    FP8_FP8V3_RAW,
-                    shape="C D",
-                    C=self.C,
-                    D=self.D,
-                ),
-            )
-            # 64: attn.wo_a.weight as fp8|fp8v3|raw <-> self_attn.wo_a.weight [(G O) P]
-            put(
-                f"model.layers.{i}.self_attn.wo_a.weight",
-                take(
-                    f"layers.{i}.attn.wo_a.weight",
-                    FP8_FP8V3_RAW,
-                    shape="(G O) P",
-                    G=self.G,
-                    O=self.O,
-                    P=self.P,
-                ),
-            )
-            # 65: attn.wo_b.weight as fp8|fp8v3|raw <-> self_attn.wo_b.weight [D (G O)]
-            put(
-                f"model.layers.{i}.self_attn.wo_b.weight",
-                take(
-                    f"layers.{i}.attn.wo_b.weight",
-                    FP8_FP8V3_RAW,
-                    shape="D (G O)",
-                    D=self.D,
-                    G=self.G,
-                    O=self.O,
-                ),
-            )
-            # 67: ffn.gate.weight <-> mlp.gate.weight [E D]
-            put(
-                f"model.layers.{i}.mlp.gate.weight",
-                take(f"layers.{i}.ffn.gate.weight", shape="E D", E=self.E, D=self.D),
-            )
-            if self.vision > 0:
-                # 68: ffn.gate.bias_vl <-> mlp.gate.bias_vl [E] where vision > 0
-                put(
-                    f"model.layers.{i}.mlp.gate.bias_vl",
-                    take(f"layers.{i}.ffn.gate.bias_vl", shape="E", E=self.E),
-                )
-            # 69: ffn.shared_experts.{j:w1|w3}.weight as fp8|fp8v3|raw <-> mlp.shared_experts.{j:gate|up}_proj.weight [(S F) D]
-            for hf_j, native_j in (("w1", "gate"), ("w3", "up")):
-                put(
-                    f"model.layers.{i}.mlp.shared_experts.{native_j}_proj.weight",
-                    take(
-                        f"layers.{i}.ffn.shared_experts.{hf_j}.weight",
-                        FP8_FP8V3_RAW,
-                        shape="(S F) D",
-                        S=self.S,
-                        F=self.F,
-                        D=self.D,
-                    ),
-                )
-            # 70: ffn.shared_experts.w2.weight as fp8|fp8v3|raw <-> mlp.shared_experts.down_proj.weight [D (S F)]
-            put(
-                f"model.layers.{i}.mlp.shared_experts.down_proj.weight",
-                take(
-                    f"layers.{i}.ffn.shared_experts.w2.weight",
-                    FP8_FP8V3_RAW,
-                    shape="D (S F)",
-                    D=self.D,
-                    S=self.S,
-                    F=self.F,
-                ),
-            )
-            # 71: ffn.experts.{e}.{j:w1|w3}.weight [F Z] as fp4|fp8|fp8v3|raw <-> mlp.experts.gate_and_up_projs [e Z (j F)]
-            hf_names = {
-                (e, j): f"layers.{i}.ffn.experts.{e}.{hf_j}.weight"
-                for e in range(self.E)
-                for j, hf_j in enumerate(("w1", "w3"))
-            }
-            native_name = f"model.layers.{i}.mlp.experts.gate_and_up_projs"
-            if take.group(
-                hf_names.values(), FP4_FP8_FP8V3_RAW, shape="F Z", F=self.F, Z=self.Z
-            ):
-                native = take.empty(self.E, self.Z, 2 * self.F)
-                for (e, j), name in hf_names.items():
-                    take.into(
-                        native.unflatten(2, (2, self.F))[e, :, j].T,
-                        name,
-                        FP4_FP8_FP8V3_RAW,
-                    )
-                put(native_name, native)
-            # 72: ffn.experts.{e}.w2.weight [Z F] as fp4|fp8|fp8v3|raw <-> mlp.experts.down_projs [e F Z]
-            hf_names = {
-                e: f"layers.{i}.ffn.experts.{e}.w2.weight" for e in range(self.E)
-            }
-            native_name = f"model.layers.{i}.mlp.experts.down_projs"
-            if take.group(
-                hf_names.values(), FP4_FP8_FP8V3_RAW, shape="Z F", Z=self.Z, F=self.F
-            ):
-                native = take.empty(self.E, self.F, self.Z)
-                for e, name in hf_names.items():
-                    take.into(native[e].T, name, FP4_FP8_FP8V3_RAW)
-                put(native_name, native)
-            # 73: ffn.fc1_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc1_latent_proj.weight [u D] optional
-            put(
-                f"model.layers.{i}.mlp.fc1_latent_proj.weight",
-                take(
-                    f"layers.{i}.ffn.fc1_latent_proj.weight",
-                    RAW_FP8_FP8V3,
-                    shape="u D",
-                    D=self.D,
-                    optional=True,
-                ),
-            )
-            # 74: ffn.fc2_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc2_latent_proj.weight [D u] optional
-            put(
-                f"model.layers.{i}.mlp.fc2_latent_proj.weight",
-                take(
-                    f"layers.{i}.ffn.fc2_latent_proj.weight",
-                    RAW_FP8_FP8V3,
-                    shape="D u",
-                    D=self.D,
-                    optional=True,
-                ),
-            )
+            self._layers_to_right(take, put, f"layers.{i}", f"model.layers.{i}")
             if i < self.H:
                 # 78: ffn.gate.tid2eid <-> mlp.gate.tid2eid [V T] where i < H
                 put(
@@ -376,72 +200,8 @@ class DeepseekV4Adapter(Adapter):
                     ),
                 )
             if i in self.sparse:
-                # 98: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
-                put(
-                    f"model.layers.{i}.self_attn.compressor.ape_param.weight",
-                    take(f"layers.{i}.attn.compressor.ape", shape="4 (2 C)", C=self.C),
-                )
-                # 99: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
-                for w in ("wgate", "wkv"):
-                    put(
-                        f"model.layers.{i}.self_attn.compressor.{w}.weight",
-                        take(
-                            f"layers.{i}.attn.compressor.{w}.weight",
-                            shape="(2 C) D",
-                            C=self.C,
-                            D=self.D,
-                        ),
-                    )
-                # 100: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
-                put(
-                    f"model.layers.{i}.self_attn.compressor.indexer.ape_param.weight",
-                    take(
-                        f"layers.{i}.attn.indexer.compressor.ape",
-                        shape="4 (2 IC)",
-                        IC=self.IC,
-                    ),
-                )
-                # 101: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
-                put(
-                    f"model.layers.{i}.self_attn.compressor.indexer.kv_norm.weight",
-                    take(
-                        f"layers.{i}.attn.indexer.compressor.norm.weight",
-                        shape="IC",
-                        IC=self.IC,
-                    ),
-                )
-                # 102: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
-                for w in ("wgate", "wkv"):
-                    put(
-                        f"model.layers.{i}.self_attn.compressor.indexer.{w}.weight",
-                        take(
-                            f"layers.{i}.attn.indexer.compressor.{w}.weight",
-                            shape="(2 IC) D",
-                            IC=self.IC,
-                            D=self.D,
-                        ),
-                    )
-                # 103: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
-                put(
-                    f"model.layers.{i}.self_attn.compressor.indexer.wq_b.weight",
-                    take(
-                        f"layers.{i}.attn.indexer.wq_b.weight",
-                        FP8_FP8V3_RAW,
-                        shape="(IA IC) Q",
-                        IA=self.IA,
-                        IC=self.IC,
-                        Q=self.Q,
-                    ),
-                )
-                # 104: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
-                put(
-                    f"model.layers.{i}.self_attn.compressor.indexer.weights_proj.weight",
-                    take(
-                        f"layers.{i}.attn.indexer.weights_proj.weight",
-                        shape="IA D",
-                        IA=self.IA,
-                        D=self.D,
-                    ),
+                self._attn_to_right(
+                    take, put, f"layers.{i}.attn", f"model.layers.{i}.self_attn"
                 )
             if i < self.stated and i not in self.sliding and i not in self.sparse:
                 # 109: compressor.ape <-> compressor.ape_param.weight [r C]
@@ -462,193 +222,7 @@ class DeepseekV4Adapter(Adapter):
                     )
 
         for k in range(self.M):
-            # 52: attn_norm.weight <-> input_layernorm.weight [D]
-            put(
-                f"mtp.layers.{k}.input_layernorm.weight",
-                take(f"mtp.{k}.attn_norm.weight", shape="D", D=self.D),
-            )
-            # 53: ffn_norm.weight <-> post_attention_layernorm.weight [D]
-            put(
-                f"mtp.layers.{k}.post_attention_layernorm.weight",
-                take(f"mtp.{k}.ffn_norm.weight", shape="D", D=self.D),
-            )
-            # 54: hc_{s:attn|ffn}_fn <-> {s}_hc.fn [X W]
-            for s in ("attn", "ffn"):
-                put(
-                    f"mtp.layers.{k}.{s}_hc.fn",
-                    take(f"mtp.{k}.hc_{s}_fn", shape="X W", X=self.X, W=self.W),
-                )
-            # 55: hc_{s:attn|ffn}_base <-> {s}_hc.base [X]
-            for s in ("attn", "ffn"):
-                put(
-                    f"mtp.layers.{k}.{s}_hc.base",
-                    take(f"mtp.{k}.hc_{s}_base", shape="X", X=self.X),
-                )
-            # 56: hc_{s:attn|ffn}_scale <-> {s}_hc.scale [3]
-            for s in ("attn", "ffn"):
-                put(
-                    f"mtp.layers.{k}.{s}_hc.scale",
-                    take(f"mtp.{k}.hc_{s}_scale", shape="3"),
-                )
-            # 58: attn.attn_sink <-> self_attn.sinks_param.weight [A]
-            put(
-                f"mtp.layers.{k}.self_attn.sinks_param.weight",
-                take(f"mtp.{k}.attn.attn_sink", shape="A", A=self.A),
-            )
-            # 59: attn.q_norm.weight <-> self_attn.q_norm.weight [Q]
-            put(
-                f"mtp.layers.{k}.self_attn.q_norm.weight",
-                take(f"mtp.{k}.attn.q_norm.weight", shape="Q", Q=self.Q),
-            )
-            # 60: attn.kv_norm.weight <-> self_attn.kv_norm.weight [C]
-            put(
-                f"mtp.layers.{k}.self_attn.kv_norm.weight",
-                take(f"mtp.{k}.attn.kv_norm.weight", shape="C", C=self.C),
-            )
-            # 61: attn.wq_a.weight as fp8|fp8v3|raw <-> self_attn.wq_a.weight [Q D]
-            put(
-                f"mtp.layers.{k}.self_attn.wq_a.weight",
-                take(
-                    f"mtp.{k}.attn.wq_a.weight",
-                    FP8_FP8V3_RAW,
-                    shape="Q D",
-                    Q=self.Q,
-                    D=self.D,
-                ),
-            )
-            # 62: attn.wq_b.weight as fp8|fp8v3|raw <-> self_attn.wq_b.weight [(A C) Q]
-            put(
-                f"mtp.layers.{k}.self_attn.wq_b.weight",
-                take(
-                    f"mtp.{k}.attn.wq_b.weight",
-                    FP8_FP8V3_RAW,
-                    shape="(A C) Q",
-                    A=self.A,
-                    C=self.C,
-                    Q=self.Q,
-                ),
-            )
-            # 63: attn.wkv.weight as fp8|fp8v3|raw <-> self_attn.wkv.weight [C D]
-            put(
-                f"mtp.layers.{k}.self_attn.wkv.weight",
-                take(
-                    f"mtp.{k}.attn.wkv.weight",
-                    FP8_FP8V3_RAW,
-                    shape="C D",
-                    C=self.C,
-                    D=self.D,
-                ),
-            )
-            # 64: attn.wo_a.weight as fp8|fp8v3|raw <-> self_attn.wo_a.weight [(G O) P]
-            put(
-                f"mtp.layers.{k}.self_attn.wo_a.weight",
-                take(
-                    f"mtp.{k}.attn.wo_a.weight",
-                    FP8_FP8V3_RAW,
-                    shape="(G O) P",
-                    G=self.G,
-                    O=self.O,
-                    P=self.P,
-                ),
-            )
-            # 65: attn.wo_b.weight as fp8|fp8v3|raw <-> self_attn.wo_b.weight [D (G O)]
-            put(
-                f"mtp.layers.{k}.self_attn.wo_b.weight",
-                take(
-                    f"mtp.{k}.attn.wo_b.weight",
-                    FP8_FP8V3_RAW,
-                    shape="D (G O)",
-                    D=self.D,
-                    G=self.G,
-                    O=self.O,
-                ),
-            )
-            # 67: ffn.gate.weight <-> mlp.gate.weight [E D]
-            put(
-                f"mtp.layers.{k}.mlp.gate.weight",
-                take(f"mtp.{k}.ffn.gate.weight", shape="E D", E=self.E, D=self.D),
-            )
-            if self.vision > 0:
-                # 68: ffn.gate.bias_vl <-> mlp.gate.bias_vl [E] where vision > 0
-                put(
-                    f"mtp.layers.{k}.mlp.gate.bias_vl",
-                    take(f"mtp.{k}.ffn.gate.bias_vl", shape="E", E=self.E),
-                )
-            # 69: ffn.shared_experts.{j:w1|w3}.weight as fp8|fp8v3|raw <-> mlp.shared_experts.{j:gate|up}_proj.weight [(S F) D]
-            for hf_j, native_j in (("w1", "gate"), ("w3", "up")):
-                put(
-                    f"mtp.layers.{k}.mlp.shared_experts.{native_j}_proj.weight",
-                    take(
-                        f"mtp.{k}.ffn.shared_experts.{hf_j}.weight",
-                        FP8_FP8V3_RAW,
-                        shape="(S F) D",
-                        S=self.S,
-                        F=self.F,
-                        D=self.D,
-                    ),
-                )
-            # 70: ffn.shared_experts.w2.weight as fp8|fp8v3|raw <-> mlp.shared_experts.down_proj.weight [D (S F)]
-            put(
-                f"mtp.layers.{k}.mlp.shared_experts.down_proj.weight",
-                take(
-                    f"mtp.{k}.ffn.shared_experts.w2.weight",
-                    FP8_FP8V3_RAW,
-                    shape="D (S F)",
-                    D=self.D,
-                    S=self.S,
-                    F=self.F,
-                ),
-            )
-            # 71: ffn.experts.{e}.{j:w1|w3}.weight [F Z] as fp4|fp8|fp8v3|raw <-> mlp.experts.gate_and_up_projs [e Z (j F)]
-            hf_names = {
-                (e, j): f"mtp.{k}.ffn.experts.{e}.{hf_j}.weight"
-                for e in range(self.E)
-                for j, hf_j in enumerate(("w1", "w3"))
-            }
-            native_name = f"mtp.layers.{k}.mlp.experts.gate_and_up_projs"
-            if take.group(
-                hf_names.values(), FP4_FP8_FP8V3_RAW, shape="F Z", F=self.F, Z=self.Z
-            ):
-                native = take.empty(self.E, self.Z, 2 * self.F)
-                for (e, j), name in hf_names.items():
-                    take.into(
-                        native.unflatten(2, (2, self.F))[e, :, j].T,
-                        name,
-                        FP4_FP8_FP8V3_RAW,
-                    )
-                put(native_name, native)
-            # 72: ffn.experts.{e}.w2.weight [Z F] as fp4|fp8|fp8v3|raw <-> mlp.experts.down_projs [e F Z]
-            hf_names = {e: f"mtp.{k}.ffn.experts.{e}.w2.weight" for e in range(self.E)}
-            native_name = f"mtp.layers.{k}.mlp.experts.down_projs"
-            if take.group(
-                hf_names.values(), FP4_FP8_FP8V3_RAW, shape="Z F", Z=self.Z, F=self.F
-            ):
-                native = take.empty(self.E, self.F, self.Z)
-                for e, name in hf_names.items():
-                    take.into(native[e].T, name, FP4_FP8_FP8V3_RAW)
-                put(native_name, native)
-            # 73: ffn.fc1_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc1_latent_proj.weight [u D] optional
-            put(
-                f"mtp.layers.{k}.mlp.fc1_latent_proj.weight",
-                take(
-                    f"mtp.{k}.ffn.fc1_latent_proj.weight",
-                    RAW_FP8_FP8V3,
-                    shape="u D",
-                    D=self.D,
-                    optional=True,
-                ),
-            )
-            # 74: ffn.fc2_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc2_latent_proj.weight [D u] optional
-            put(
-                f"mtp.layers.{k}.mlp.fc2_latent_proj.weight",
-                take(
-                    f"mtp.{k}.ffn.fc2_latent_proj.weight",
-                    RAW_FP8_FP8V3,
-                    shape="D u",
-                    D=self.D,
-                    optional=True,
-                ),
-            )
+            self._layers_to_right(take, put, f"mtp.{k}", f"mtp.layers.{k}")
             # 83: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E]
             put(
                 f"mtp.layers.{k}.mlp.gate.e_score_correction_bias",
@@ -694,74 +268,14 @@ class DeepseekV4Adapter(Adapter):
                     take(f"mtp.{k}.attn.compressor.norm.weight", shape="C", C=self.C),
                 )
             if self.L + k in self.sparse:
-                # 98: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
-                put(
-                    f"mtp.layers.{k}.self_attn.compressor.ape_param.weight",
-                    take(f"mtp.{k}.attn.compressor.ape", shape="4 (2 C)", C=self.C),
+                self._attn_to_right(
+                    take, put, f"mtp.{k}.attn", f"mtp.layers.{k}.self_attn"
                 )
-                # 99: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
-                for w in ("wgate", "wkv"):
-                    put(
-                        f"mtp.layers.{k}.self_attn.compressor.{w}.weight",
-                        take(
-                            f"mtp.{k}.attn.compressor.{w}.weight",
-                            shape="(2 C) D",
-                            C=self.C,
-                            D=self.D,
-                        ),
-                    )
-                # 100: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
-                put(
-                    f"mtp.layers.{k}.self_attn.compressor.indexer.ape_param.weight",
-                    take(
-                        f"mtp.{k}.attn.indexer.compressor.ape",
-                        shape="4 (2 IC)",
-                        IC=self.IC,
-                    ),
-                )
-                # 101: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
-                put(
-                    f"mtp.layers.{k}.self_attn.compressor.indexer.kv_norm.weight",
-                    take(
-                        f"mtp.{k}.attn.indexer.compressor.norm.weight",
-                        shape="IC",
-                        IC=self.IC,
-                    ),
-                )
-                # 102: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
-                for w in ("wgate", "wkv"):
-                    put(
-                        f"mtp.layers.{k}.self_attn.compressor.indexer.{w}.weight",
-                        take(
-                            f"mtp.{k}.attn.indexer.compressor.{w}.weight",
-                            shape="(2 IC) D",
-                            IC=self.IC,
-                            D=self.D,
-                        ),
-                    )
-                # 103: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
-                put(
-                    f"mtp.layers.{k}.self_attn.compressor.indexer.wq_b.weight",
-                    take(
-                        f"mtp.{k}.attn.indexer.wq_b.weight",
-                        FP8_FP8V3_RAW,
-                        shape="(IA IC) Q",
-                        IA=self.IA,
-                        IC=self.IC,
-                        Q=self.Q,
-                    ),
-                )
-                # 104: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
-                put(
-                    f"mtp.layers.{k}.self_attn.compressor.indexer.weights_proj.weight",
-                    take(
-                        f"mtp.{k}.attn.indexer.weights_proj.weight",
-                        shape="IA D",
-                        IA=self.IA,
-                        D=self.D,
-                    ),
-                )
-            if self.L + k < self.stated and self.L + k not in self.sliding and self.L + k not in self.sparse:
+            if (
+                self.L + k < self.stated
+                and self.L + k not in self.sliding
+                and self.L + k not in self.sparse
+            ):
                 # 109: compressor.ape <-> compressor.ape_param.weight [r C]
                 put(
                     f"mtp.layers.{k}.self_attn.compressor.ape_param.weight",
@@ -779,30 +293,261 @@ class DeepseekV4Adapter(Adapter):
                         ),
                     )
 
-        # 120: model.layers.{L+x}.{..} -> _ else
-        for number, rest in take.wild("model.layers.#.**"):
-            x = int(number) - self.L
-            if x >= self.M:
-                take.drop(f"model.layers.{self.L + x}.{rest}")
-        # 119: layers.{L+x}.{..} -> _ else
-        for number, rest in take.wild("layers.#.**"):
-            x = int(number) - self.L
-            if x >= self.M:
-                take.drop(f"layers.{self.L + x}.{rest}")
+        if self.vision > 0:
+            # 114: vision.{..} <-> model.vision.{..} else where vision > 0
+            for (rest,) in take.wild("vision.**"):
+                put.carried(f"model.vision.{rest}", take(f"vision.{rest}"))
+
+        if self.vision > 0:
+            # 115: aligner.{..} <-> model.aligner.{..} else where vision > 0
+            for (rest,) in take.wild("aligner.**"):
+                put.carried(f"model.aligner.{rest}", take(f"aligner.{rest}"))
+
         # 118: mtp.{x}.{..} -> _ else
         for number, rest in take.wild("mtp.#.**"):
             x = int(number)
             if x >= self.M:
                 take.drop(f"mtp.{x}.{rest}")
-        if self.vision > 0:
-            # 115: aligner.{..} <-> model.aligner.{..} else where vision > 0
-            for (rest,) in take.wild("aligner.**"):
-                put(f"model.aligner.{rest}", take(f"aligner.{rest}"))
-            # 114: vision.{..} <-> model.vision.{..} else where vision > 0
-            for (rest,) in take.wild("vision.**"):
-                put(f"model.vision.{rest}", take(f"vision.{rest}"))
 
-    def to_left(self, take: Take, put: Put) -> None:
+        # 119: layers.{L+x}.{..} -> _ else
+        for number, rest in take.wild("layers.#.**"):
+            x = int(number) - self.L
+            if x >= self.M:
+                take.drop(f"layers.{self.L + x}.{rest}")
+
+        # 120: model.layers.{L+x}.{..} -> _ else
+        for number, rest in take.wild("model.layers.#.**"):
+            x = int(number) - self.L
+            if x >= self.M:
+                take.drop(f"model.layers.{self.L + x}.{rest}")
+
+    def _layers_to_right(self, take: Take, put: Put, hf: str, native: str) -> None:
+        """`hf` -> `native`, of the tensors under `hf` and `native`."""
+        # 52: attn_norm.weight <-> input_layernorm.weight [D]
+        put(
+            f"{native}.input_layernorm.weight",
+            take(f"{hf}.attn_norm.weight", shape="D", D=self.D),
+        )
+        # 53: ffn_norm.weight <-> post_attention_layernorm.weight [D]
+        put(
+            f"{native}.post_attention_layernorm.weight",
+            take(f"{hf}.ffn_norm.weight", shape="D", D=self.D),
+        )
+        # 54: hc_{s:attn|ffn}_fn <-> {s}_hc.fn [X W]
+        for s in ("attn", "ffn"):
+            put(
+                f"{native}.{s}_hc.fn",
+                take(f"{hf}.hc_{s}_fn", shape="X W", X=self.X, W=self.W),
+            )
+        # 55: hc_{s:attn|ffn}_base <-> {s}_hc.base [X]
+        for s in ("attn", "ffn"):
+            put(f"{native}.{s}_hc.base", take(f"{hf}.hc_{s}_base", shape="X", X=self.X))
+        # 56: hc_{s:attn|ffn}_scale <-> {s}_hc.scale [3]
+        for s in ("attn", "ffn"):
+            put(f"{native}.{s}_hc.scale", take(f"{hf}.hc_{s}_scale", shape="3"))
+        # 58: attn.attn_sink <-> self_attn.sinks_param.weight [A]
+        put(
+            f"{native}.self_attn.sinks_param.weight",
+            take(f"{hf}.attn.attn_sink", shape="A", A=self.A),
+        )
+        # 59: attn.q_norm.weight <-> self_attn.q_norm.weight [Q]
+        put(
+            f"{native}.self_attn.q_norm.weight",
+            take(f"{hf}.attn.q_norm.weight", shape="Q", Q=self.Q),
+        )
+        # 60: attn.kv_norm.weight <-> self_attn.kv_norm.weight [C]
+        put(
+            f"{native}.self_attn.kv_norm.weight",
+            take(f"{hf}.attn.kv_norm.weight", shape="C", C=self.C),
+        )
+        # 61: attn.wq_a.weight as fp8|fp8v3|raw <-> self_attn.wq_a.weight [Q D]
+        put(
+            f"{native}.self_attn.wq_a.weight",
+            take(
+                f"{hf}.attn.wq_a.weight", FP8_FP8V3_RAW, shape="Q D", Q=self.Q, D=self.D
+            ),
+        )
+        # 62: attn.wq_b.weight as fp8|fp8v3|raw <-> self_attn.wq_b.weight [(A C) Q]
+        put(
+            f"{native}.self_attn.wq_b.weight",
+            take(
+                f"{hf}.attn.wq_b.weight",
+                FP8_FP8V3_RAW,
+                shape="(A C) Q",
+                A=self.A,
+                C=self.C,
+                Q=self.Q,
+            ),
+        )
+        # 63: attn.wkv.weight as fp8|fp8v3|raw <-> self_attn.wkv.weight [C D]
+        put(
+            f"{native}.self_attn.wkv.weight",
+            take(
+                f"{hf}.attn.wkv.weight", FP8_FP8V3_RAW, shape="C D", C=self.C, D=self.D
+            ),
+        )
+        # 64: attn.wo_a.weight as fp8|fp8v3|raw <-> self_attn.wo_a.weight [(G O) P]
+        put(
+            f"{native}.self_attn.wo_a.weight",
+            take(
+                f"{hf}.attn.wo_a.weight",
+                FP8_FP8V3_RAW,
+                shape="(G O) P",
+                G=self.G,
+                O=self.O,
+                P=self.P,
+            ),
+        )
+        # 65: attn.wo_b.weight as fp8|fp8v3|raw <-> self_attn.wo_b.weight [D (G O)]
+        put(
+            f"{native}.self_attn.wo_b.weight",
+            take(
+                f"{hf}.attn.wo_b.weight",
+                FP8_FP8V3_RAW,
+                shape="D (G O)",
+                D=self.D,
+                G=self.G,
+                O=self.O,
+            ),
+        )
+        # 67: ffn.gate.weight <-> mlp.gate.weight [E D]
+        put(
+            f"{native}.mlp.gate.weight",
+            take(f"{hf}.ffn.gate.weight", shape="E D", E=self.E, D=self.D),
+        )
+        if self.vision > 0:
+            # 68: ffn.gate.bias_vl <-> mlp.gate.bias_vl [E] where vision > 0
+            put(
+                f"{native}.mlp.gate.bias_vl",
+                take(f"{hf}.ffn.gate.bias_vl", shape="E", E=self.E),
+            )
+        # 69: ffn.shared_experts.{j:w1|w3}.weight as fp8|fp8v3|raw <-> mlp.shared_experts.{j:gate|up}_proj.weight [(S F) D]
+        for hf_j, native_j in (("w1", "gate"), ("w3", "up")):
+            put(
+                f"{native}.mlp.shared_experts.{native_j}_proj.weight",
+                take(
+                    f"{hf}.ffn.shared_experts.{hf_j}.weight",
+                    FP8_FP8V3_RAW,
+                    shape="(S F) D",
+                    S=self.S,
+                    F=self.F,
+                    D=self.D,
+                ),
+            )
+        # 70: ffn.shared_experts.w2.weight as fp8|fp8v3|raw <-> mlp.shared_experts.down_proj.weight [D (S F)]
+        put(
+            f"{native}.mlp.shared_experts.down_proj.weight",
+            take(
+                f"{hf}.ffn.shared_experts.w2.weight",
+                FP8_FP8V3_RAW,
+                shape="D (S F)",
+                D=self.D,
+                S=self.S,
+                F=self.F,
+            ),
+        )
+        # 71: ffn.experts.{e}.{j:w1|w3}.weight [F Z] as fp4|fp8|fp8v3|raw <-> mlp.experts.gate_and_up_projs [e Z (j F)]
+        experts_names = {
+            (e, j): f"{hf}.ffn.experts.{e}.{hf_j}.weight"
+            for e in range(self.E)
+            for j, hf_j in enumerate(("w1", "w3"))
+        }
+        if take.group(
+            (experts_names.values(), "F Z", FP4_FP8_FP8V3_RAW), F=self.F, Z=self.Z
+        ):
+            gate_and_up_projs = take.empty(self.E, self.Z, 2 * self.F)
+            for (e, j), name in experts_names.items():
+                take.into(gate_and_up_projs.unflatten(2, (2, self.F))[e, :, j].T, name)
+            put(f"{native}.mlp.experts.gate_and_up_projs", gate_and_up_projs)
+        # 72: ffn.experts.{e}.w2.weight [Z F] as fp4|fp8|fp8v3|raw <-> mlp.experts.down_projs [e F Z]
+        w2_names = {e: f"{hf}.ffn.experts.{e}.w2.weight" for e in range(self.E)}
+        if take.group(
+            (w2_names.values(), "Z F", FP4_FP8_FP8V3_RAW), Z=self.Z, F=self.F
+        ):
+            down_projs = take.empty(self.E, self.F, self.Z)
+            for e, name in w2_names.items():
+                take.into(down_projs[e].T, name)
+            put(f"{native}.mlp.experts.down_projs", down_projs)
+        # 73: ffn.fc1_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc1_latent_proj.weight [u D] optional
+        put(
+            f"{native}.mlp.fc1_latent_proj.weight",
+            take(
+                f"{hf}.ffn.fc1_latent_proj.weight",
+                RAW_FP8_FP8V3,
+                shape="u D",
+                D=self.D,
+                optional=True,
+            ),
+        )
+        # 74: ffn.fc2_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc2_latent_proj.weight [D u] optional
+        put(
+            f"{native}.mlp.fc2_latent_proj.weight",
+            take(
+                f"{hf}.ffn.fc2_latent_proj.weight",
+                RAW_FP8_FP8V3,
+                shape="D u",
+                D=self.D,
+                optional=True,
+            ),
+        )
+
+    def _attn_to_right(self, take: Take, put: Put, hf: str, native: str) -> None:
+        """`hf` -> `native`, of the tensors under `hf` and `native`."""
+        # 98: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
+        put(
+            f"{native}.compressor.ape_param.weight",
+            take(f"{hf}.compressor.ape", shape="4 (2 C)", C=self.C),
+        )
+        # 99: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
+        for w in ("wgate", "wkv"):
+            put(
+                f"{native}.compressor.{w}.weight",
+                take(
+                    f"{hf}.compressor.{w}.weight", shape="(2 C) D", C=self.C, D=self.D
+                ),
+            )
+        # 100: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
+        put(
+            f"{native}.compressor.indexer.ape_param.weight",
+            take(f"{hf}.indexer.compressor.ape", shape="4 (2 IC)", IC=self.IC),
+        )
+        # 101: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
+        put(
+            f"{native}.compressor.indexer.kv_norm.weight",
+            take(f"{hf}.indexer.compressor.norm.weight", shape="IC", IC=self.IC),
+        )
+        # 102: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
+        for w in ("wgate", "wkv"):
+            put(
+                f"{native}.compressor.indexer.{w}.weight",
+                take(
+                    f"{hf}.indexer.compressor.{w}.weight",
+                    shape="(2 IC) D",
+                    IC=self.IC,
+                    D=self.D,
+                ),
+            )
+        # 103: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
+        put(
+            f"{native}.compressor.indexer.wq_b.weight",
+            take(
+                f"{hf}.indexer.wq_b.weight",
+                FP8_FP8V3_RAW,
+                shape="(IA IC) Q",
+                IA=self.IA,
+                IC=self.IC,
+                Q=self.Q,
+            ),
+        )
+        # 104: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
+        put(
+            f"{native}.compressor.indexer.weights_proj.weight",
+            take(
+                f"{hf}.indexer.weights_proj.weight", shape="IA D", IA=self.IA, D=self.D
+            ),
+        )
+
+    def _to_left(self, take: Take, put: Put) -> None:
         """`native` -> `hf`."""
         # 43: embed.weight <-> model.embed_tokens.weight [V D]
         put(
@@ -825,205 +570,7 @@ class DeepseekV4Adapter(Adapter):
                 put(f"image_{t}", take(f"model.image_{t}", shape="D", D=self.D))
 
         for i in range(self.L):
-            # 52: attn_norm.weight <-> input_layernorm.weight [D]
-            put(
-                f"layers.{i}.attn_norm.weight",
-                take(f"model.layers.{i}.input_layernorm.weight", shape="D", D=self.D),
-            )
-            # 53: ffn_norm.weight <-> post_attention_layernorm.weight [D]
-            put(
-                f"layers.{i}.ffn_norm.weight",
-                take(
-                    f"model.layers.{i}.post_attention_layernorm.weight",
-                    shape="D",
-                    D=self.D,
-                ),
-            )
-            # 54: hc_{s:attn|ffn}_fn <-> {s}_hc.fn [X W]
-            for s in ("attn", "ffn"):
-                put(
-                    f"layers.{i}.hc_{s}_fn",
-                    take(
-                        f"model.layers.{i}.{s}_hc.fn", shape="X W", X=self.X, W=self.W
-                    ),
-                )
-            # 55: hc_{s:attn|ffn}_base <-> {s}_hc.base [X]
-            for s in ("attn", "ffn"):
-                put(
-                    f"layers.{i}.hc_{s}_base",
-                    take(f"model.layers.{i}.{s}_hc.base", shape="X", X=self.X),
-                )
-            # 56: hc_{s:attn|ffn}_scale <-> {s}_hc.scale [3]
-            for s in ("attn", "ffn"):
-                put(
-                    f"layers.{i}.hc_{s}_scale",
-                    take(f"model.layers.{i}.{s}_hc.scale", shape="3"),
-                )
-            # 58: attn.attn_sink <-> self_attn.sinks_param.weight [A]
-            put(
-                f"layers.{i}.attn.attn_sink",
-                take(
-                    f"model.layers.{i}.self_attn.sinks_param.weight",
-                    shape="A",
-                    A=self.A,
-                ),
-            )
-            # 59: attn.q_norm.weight <-> self_attn.q_norm.weight [Q]
-            put(
-                f"layers.{i}.attn.q_norm.weight",
-                take(f"model.layers.{i}.self_attn.q_norm.weight", shape="Q", Q=self.Q),
-            )
-            # 60: attn.kv_norm.weight <-> self_attn.kv_norm.weight [C]
-            put(
-                f"layers.{i}.attn.kv_norm.weight",
-                take(f"model.layers.{i}.self_attn.kv_norm.weight", shape="C", C=self.C),
-            )
-            # 61: attn.wq_a.weight as fp8|fp8v3|raw <-> self_attn.wq_a.weight [Q D]
-            put(
-                f"layers.{i}.attn.wq_a.weight",
-                take(
-                    f"model.layers.{i}.self_attn.wq_a.weight",
-                    shape="Q D",
-                    Q=self.Q,
-                    D=self.D,
-                ),
-                FP8_FP8V3_RAW,
-            )
-            # 62: attn.wq_b.weight as fp8|fp8v3|raw <-> self_attn.wq_b.weight [(A C) Q]
-            put(
-                f"layers.{i}.attn.wq_b.weight",
-                take(
-                    f"model.layers.{i}.self_attn.wq_b.weight",
-                    shape="(A C) Q",
-                    A=self.A,
-                    C=self.C,
-                    Q=self.Q,
-                ),
-                FP8_FP8V3_RAW,
-            )
-            # 63: attn.wkv.weight as fp8|fp8v3|raw <-> self_attn.wkv.weight [C D]
-            put(
-                f"layers.{i}.attn.wkv.weight",
-                take(
-                    f"model.layers.{i}.self_attn.wkv.weight",
-                    shape="C D",
-                    C=self.C,
-                    D=self.D,
-                ),
-                FP8_FP8V3_RAW,
-            )
-            # 64: attn.wo_a.weight as fp8|fp8v3|raw <-> self_attn.wo_a.weight [(G O) P]
-            put(
-                f"layers.{i}.attn.wo_a.weight",
-                take(
-                    f"model.layers.{i}.self_attn.wo_a.weight",
-                    shape="(G O) P",
-                    G=self.G,
-                    O=self.O,
-                    P=self.P,
-                ),
-                FP8_FP8V3_RAW,
-            )
-            # 65: attn.wo_b.weight as fp8|fp8v3|raw <-> self_attn.wo_b.weight [D (G O)]
-            put(
-                f"layers.{i}.attn.wo_b.weight",
-                take(
-                    f"model.layers.{i}.self_attn.wo_b.weight",
-                    shape="D (G O)",
-                    D=self.D,
-                    G=self.G,
-                    O=self.O,
-                ),
-                FP8_FP8V3_RAW,
-            )
-            # 67: ffn.gate.weight <-> mlp.gate.weight [E D]
-            put(
-                f"layers.{i}.ffn.gate.weight",
-                take(
-                    f"model.layers.{i}.mlp.gate.weight", shape="E D", E=self.E, D=self.D
-                ),
-            )
-            if self.vision > 0:
-                # 68: ffn.gate.bias_vl <-> mlp.gate.bias_vl [E] where vision > 0
-                put(
-                    f"layers.{i}.ffn.gate.bias_vl",
-                    take(f"model.layers.{i}.mlp.gate.bias_vl", shape="E", E=self.E),
-                )
-            # 69: ffn.shared_experts.{j:w1|w3}.weight as fp8|fp8v3|raw <-> mlp.shared_experts.{j:gate|up}_proj.weight [(S F) D]
-            for hf_j, native_j in (("w1", "gate"), ("w3", "up")):
-                put(
-                    f"layers.{i}.ffn.shared_experts.{hf_j}.weight",
-                    take(
-                        f"model.layers.{i}.mlp.shared_experts.{native_j}_proj.weight",
-                        shape="(S F) D",
-                        S=self.S,
-                        F=self.F,
-                        D=self.D,
-                    ),
-                    FP8_FP8V3_RAW,
-                )
-            # 70: ffn.shared_experts.w2.weight as fp8|fp8v3|raw <-> mlp.shared_experts.down_proj.weight [D (S F)]
-            put(
-                f"layers.{i}.ffn.shared_experts.w2.weight",
-                take(
-                    f"model.layers.{i}.mlp.shared_experts.down_proj.weight",
-                    shape="D (S F)",
-                    D=self.D,
-                    S=self.S,
-                    F=self.F,
-                ),
-                FP8_FP8V3_RAW,
-            )
-            # 71: ffn.experts.{e}.{j:w1|w3}.weight [F Z] as fp4|fp8|fp8v3|raw <-> mlp.experts.gate_and_up_projs [e Z (j F)]
-            hf_names = {
-                (e, j): f"layers.{i}.ffn.experts.{e}.{hf_j}.weight"
-                for e in range(self.E)
-                for j, hf_j in enumerate(("w1", "w3"))
-            }
-            native_name = f"model.layers.{i}.mlp.experts.gate_and_up_projs"
-            if take.group(
-                [native_name], shape="e Z (j F)", e=self.E, Z=self.Z, j=2, F=self.F
-            ):
-                native = take(
-                    native_name, shape="e Z (j F)", e=self.E, Z=self.Z, j=2, F=self.F
-                )
-                for (e, j), target in hf_names.items():
-                    put.part(
-                        target,
-                        native.unflatten(2, (2, self.F))[e, :, j].T,
-                        FP4_FP8_FP8V3_RAW,
-                    )
-            # 72: ffn.experts.{e}.w2.weight [Z F] as fp4|fp8|fp8v3|raw <-> mlp.experts.down_projs [e F Z]
-            hf_names = {
-                e: f"layers.{i}.ffn.experts.{e}.w2.weight" for e in range(self.E)
-            }
-            native_name = f"model.layers.{i}.mlp.experts.down_projs"
-            if take.group([native_name], shape="e F Z", e=self.E, F=self.F, Z=self.Z):
-                native = take(native_name, shape="e F Z", e=self.E, F=self.F, Z=self.Z)
-                for e, target in hf_names.items():
-                    put.part(target, native[e].T, FP4_FP8_FP8V3_RAW)
-            # 73: ffn.fc1_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc1_latent_proj.weight [u D] optional
-            put(
-                f"layers.{i}.ffn.fc1_latent_proj.weight",
-                take(
-                    f"model.layers.{i}.mlp.fc1_latent_proj.weight",
-                    shape="u D",
-                    D=self.D,
-                    optional=True,
-                ),
-                RAW_FP8_FP8V3,
-            )
-            # 74: ffn.fc2_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc2_latent_proj.weight [D u] optional
-            put(
-                f"layers.{i}.ffn.fc2_latent_proj.weight",
-                take(
-                    f"model.layers.{i}.mlp.fc2_latent_proj.weight",
-                    shape="D u",
-                    D=self.D,
-                    optional=True,
-                ),
-                RAW_FP8_FP8V3,
-            )
+            self._layers_to_left(take, put, f"layers.{i}", f"model.layers.{i}")
             if i < self.H:
                 # 78: ffn.gate.tid2eid <-> mlp.gate.tid2eid [V T] where i < H
                 put(
@@ -1059,76 +606,8 @@ class DeepseekV4Adapter(Adapter):
                     ),
                 )
             if i in self.sparse:
-                # 98: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
-                put(
-                    f"layers.{i}.attn.compressor.ape",
-                    take(
-                        f"model.layers.{i}.self_attn.compressor.ape_param.weight",
-                        shape="4 (2 C)",
-                        C=self.C,
-                    ),
-                )
-                # 99: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
-                for w in ("wgate", "wkv"):
-                    put(
-                        f"layers.{i}.attn.compressor.{w}.weight",
-                        take(
-                            f"model.layers.{i}.self_attn.compressor.{w}.weight",
-                            shape="(2 C) D",
-                            C=self.C,
-                            D=self.D,
-                        ),
-                    )
-                # 100: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
-                put(
-                    f"layers.{i}.attn.indexer.compressor.ape",
-                    take(
-                        f"model.layers.{i}.self_attn.compressor.indexer.ape_param.weight",
-                        shape="4 (2 IC)",
-                        IC=self.IC,
-                    ),
-                )
-                # 101: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
-                put(
-                    f"layers.{i}.attn.indexer.compressor.norm.weight",
-                    take(
-                        f"model.layers.{i}.self_attn.compressor.indexer.kv_norm.weight",
-                        shape="IC",
-                        IC=self.IC,
-                    ),
-                )
-                # 102: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
-                for w in ("wgate", "wkv"):
-                    put(
-                        f"layers.{i}.attn.indexer.compressor.{w}.weight",
-                        take(
-                            f"model.layers.{i}.self_attn.compressor.indexer.{w}.weight",
-                            shape="(2 IC) D",
-                            IC=self.IC,
-                            D=self.D,
-                        ),
-                    )
-                # 103: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
-                put(
-                    f"layers.{i}.attn.indexer.wq_b.weight",
-                    take(
-                        f"model.layers.{i}.self_attn.compressor.indexer.wq_b.weight",
-                        shape="(IA IC) Q",
-                        IA=self.IA,
-                        IC=self.IC,
-                        Q=self.Q,
-                    ),
-                    FP8_FP8V3_RAW,
-                )
-                # 104: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
-                put(
-                    f"layers.{i}.attn.indexer.weights_proj.weight",
-                    take(
-                        f"model.layers.{i}.self_attn.compressor.indexer.weights_proj.weight",
-                        shape="IA D",
-                        IA=self.IA,
-                        D=self.D,
-                    ),
+                self._attn_to_left(
+                    take, put, f"layers.{i}.attn", f"model.layers.{i}.self_attn"
                 )
             if i < self.stated and i not in self.sliding and i not in self.sparse:
                 # 109: compressor.ape <-> compressor.ape_param.weight [r C]
@@ -1153,199 +632,7 @@ class DeepseekV4Adapter(Adapter):
                     )
 
         for k in range(self.M):
-            # 52: attn_norm.weight <-> input_layernorm.weight [D]
-            put(
-                f"mtp.{k}.attn_norm.weight",
-                take(f"mtp.layers.{k}.input_layernorm.weight", shape="D", D=self.D),
-            )
-            # 53: ffn_norm.weight <-> post_attention_layernorm.weight [D]
-            put(
-                f"mtp.{k}.ffn_norm.weight",
-                take(
-                    f"mtp.layers.{k}.post_attention_layernorm.weight",
-                    shape="D",
-                    D=self.D,
-                ),
-            )
-            # 54: hc_{s:attn|ffn}_fn <-> {s}_hc.fn [X W]
-            for s in ("attn", "ffn"):
-                put(
-                    f"mtp.{k}.hc_{s}_fn",
-                    take(f"mtp.layers.{k}.{s}_hc.fn", shape="X W", X=self.X, W=self.W),
-                )
-            # 55: hc_{s:attn|ffn}_base <-> {s}_hc.base [X]
-            for s in ("attn", "ffn"):
-                put(
-                    f"mtp.{k}.hc_{s}_base",
-                    take(f"mtp.layers.{k}.{s}_hc.base", shape="X", X=self.X),
-                )
-            # 56: hc_{s:attn|ffn}_scale <-> {s}_hc.scale [3]
-            for s in ("attn", "ffn"):
-                put(
-                    f"mtp.{k}.hc_{s}_scale",
-                    take(f"mtp.layers.{k}.{s}_hc.scale", shape="3"),
-                )
-            # 58: attn.attn_sink <-> self_attn.sinks_param.weight [A]
-            put(
-                f"mtp.{k}.attn.attn_sink",
-                take(
-                    f"mtp.layers.{k}.self_attn.sinks_param.weight", shape="A", A=self.A
-                ),
-            )
-            # 59: attn.q_norm.weight <-> self_attn.q_norm.weight [Q]
-            put(
-                f"mtp.{k}.attn.q_norm.weight",
-                take(f"mtp.layers.{k}.self_attn.q_norm.weight", shape="Q", Q=self.Q),
-            )
-            # 60: attn.kv_norm.weight <-> self_attn.kv_norm.weight [C]
-            put(
-                f"mtp.{k}.attn.kv_norm.weight",
-                take(f"mtp.layers.{k}.self_attn.kv_norm.weight", shape="C", C=self.C),
-            )
-            # 61: attn.wq_a.weight as fp8|fp8v3|raw <-> self_attn.wq_a.weight [Q D]
-            put(
-                f"mtp.{k}.attn.wq_a.weight",
-                take(
-                    f"mtp.layers.{k}.self_attn.wq_a.weight",
-                    shape="Q D",
-                    Q=self.Q,
-                    D=self.D,
-                ),
-                FP8_FP8V3_RAW,
-            )
-            # 62: attn.wq_b.weight as fp8|fp8v3|raw <-> self_attn.wq_b.weight [(A C) Q]
-            put(
-                f"mtp.{k}.attn.wq_b.weight",
-                take(
-                    f"mtp.layers.{k}.self_attn.wq_b.weight",
-                    shape="(A C) Q",
-                    A=self.A,
-                    C=self.C,
-                    Q=self.Q,
-                ),
-                FP8_FP8V3_RAW,
-            )
-            # 63: attn.wkv.weight as fp8|fp8v3|raw <-> self_attn.wkv.weight [C D]
-            put(
-                f"mtp.{k}.attn.wkv.weight",
-                take(
-                    f"mtp.layers.{k}.self_attn.wkv.weight",
-                    shape="C D",
-                    C=self.C,
-                    D=self.D,
-                ),
-                FP8_FP8V3_RAW,
-            )
-            # 64: attn.wo_a.weight as fp8|fp8v3|raw <-> self_attn.wo_a.weight [(G O) P]
-            put(
-                f"mtp.{k}.attn.wo_a.weight",
-                take(
-                    f"mtp.layers.{k}.self_attn.wo_a.weight",
-                    shape="(G O) P",
-                    G=self.G,
-                    O=self.O,
-                    P=self.P,
-                ),
-                FP8_FP8V3_RAW,
-            )
-            # 65: attn.wo_b.weight as fp8|fp8v3|raw <-> self_attn.wo_b.weight [D (G O)]
-            put(
-                f"mtp.{k}.attn.wo_b.weight",
-                take(
-                    f"mtp.layers.{k}.self_attn.wo_b.weight",
-                    shape="D (G O)",
-                    D=self.D,
-                    G=self.G,
-                    O=self.O,
-                ),
-                FP8_FP8V3_RAW,
-            )
-            # 67: ffn.gate.weight <-> mlp.gate.weight [E D]
-            put(
-                f"mtp.{k}.ffn.gate.weight",
-                take(
-                    f"mtp.layers.{k}.mlp.gate.weight", shape="E D", E=self.E, D=self.D
-                ),
-            )
-            if self.vision > 0:
-                # 68: ffn.gate.bias_vl <-> mlp.gate.bias_vl [E] where vision > 0
-                put(
-                    f"mtp.{k}.ffn.gate.bias_vl",
-                    take(f"mtp.layers.{k}.mlp.gate.bias_vl", shape="E", E=self.E),
-                )
-            # 69: ffn.shared_experts.{j:w1|w3}.weight as fp8|fp8v3|raw <-> mlp.shared_experts.{j:gate|up}_proj.weight [(S F) D]
-            for hf_j, native_j in (("w1", "gate"), ("w3", "up")):
-                put(
-                    f"mtp.{k}.ffn.shared_experts.{hf_j}.weight",
-                    take(
-                        f"mtp.layers.{k}.mlp.shared_experts.{native_j}_proj.weight",
-                        shape="(S F) D",
-                        S=self.S,
-                        F=self.F,
-                        D=self.D,
-                    ),
-                    FP8_FP8V3_RAW,
-                )
-            # 70: ffn.shared_experts.w2.weight as fp8|fp8v3|raw <-> mlp.shared_experts.down_proj.weight [D (S F)]
-            put(
-                f"mtp.{k}.ffn.shared_experts.w2.weight",
-                take(
-                    f"mtp.layers.{k}.mlp.shared_experts.down_proj.weight",
-                    shape="D (S F)",
-                    D=self.D,
-                    S=self.S,
-                    F=self.F,
-                ),
-                FP8_FP8V3_RAW,
-            )
-            # 71: ffn.experts.{e}.{j:w1|w3}.weight [F Z] as fp4|fp8|fp8v3|raw <-> mlp.experts.gate_and_up_projs [e Z (j F)]
-            hf_names = {
-                (e, j): f"mtp.{k}.ffn.experts.{e}.{hf_j}.weight"
-                for e in range(self.E)
-                for j, hf_j in enumerate(("w1", "w3"))
-            }
-            native_name = f"mtp.layers.{k}.mlp.experts.gate_and_up_projs"
-            if take.group(
-                [native_name], shape="e Z (j F)", e=self.E, Z=self.Z, j=2, F=self.F
-            ):
-                native = take(
-                    native_name, shape="e Z (j F)", e=self.E, Z=self.Z, j=2, F=self.F
-                )
-                for (e, j), target in hf_names.items():
-                    put.part(
-                        target,
-                        native.unflatten(2, (2, self.F))[e, :, j].T,
-                        FP4_FP8_FP8V3_RAW,
-                    )
-            # 72: ffn.experts.{e}.w2.weight [Z F] as fp4|fp8|fp8v3|raw <-> mlp.experts.down_projs [e F Z]
-            hf_names = {e: f"mtp.{k}.ffn.experts.{e}.w2.weight" for e in range(self.E)}
-            native_name = f"mtp.layers.{k}.mlp.experts.down_projs"
-            if take.group([native_name], shape="e F Z", e=self.E, F=self.F, Z=self.Z):
-                native = take(native_name, shape="e F Z", e=self.E, F=self.F, Z=self.Z)
-                for e, target in hf_names.items():
-                    put.part(target, native[e].T, FP4_FP8_FP8V3_RAW)
-            # 73: ffn.fc1_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc1_latent_proj.weight [u D] optional
-            put(
-                f"mtp.{k}.ffn.fc1_latent_proj.weight",
-                take(
-                    f"mtp.layers.{k}.mlp.fc1_latent_proj.weight",
-                    shape="u D",
-                    D=self.D,
-                    optional=True,
-                ),
-                RAW_FP8_FP8V3,
-            )
-            # 74: ffn.fc2_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc2_latent_proj.weight [D u] optional
-            put(
-                f"mtp.{k}.ffn.fc2_latent_proj.weight",
-                take(
-                    f"mtp.layers.{k}.mlp.fc2_latent_proj.weight",
-                    shape="D u",
-                    D=self.D,
-                    optional=True,
-                ),
-                RAW_FP8_FP8V3,
-            )
+            self._layers_to_left(take, put, f"mtp.{k}", f"mtp.layers.{k}")
             # 83: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E]
             put(
                 f"mtp.{k}.ffn.gate.bias",
@@ -1399,78 +686,14 @@ class DeepseekV4Adapter(Adapter):
                     ),
                 )
             if self.L + k in self.sparse:
-                # 98: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
-                put(
-                    f"mtp.{k}.attn.compressor.ape",
-                    take(
-                        f"mtp.layers.{k}.self_attn.compressor.ape_param.weight",
-                        shape="4 (2 C)",
-                        C=self.C,
-                    ),
+                self._attn_to_left(
+                    take, put, f"mtp.{k}.attn", f"mtp.layers.{k}.self_attn"
                 )
-                # 99: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
-                for w in ("wgate", "wkv"):
-                    put(
-                        f"mtp.{k}.attn.compressor.{w}.weight",
-                        take(
-                            f"mtp.layers.{k}.self_attn.compressor.{w}.weight",
-                            shape="(2 C) D",
-                            C=self.C,
-                            D=self.D,
-                        ),
-                    )
-                # 100: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
-                put(
-                    f"mtp.{k}.attn.indexer.compressor.ape",
-                    take(
-                        f"mtp.layers.{k}.self_attn.compressor.indexer.ape_param.weight",
-                        shape="4 (2 IC)",
-                        IC=self.IC,
-                    ),
-                )
-                # 101: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
-                put(
-                    f"mtp.{k}.attn.indexer.compressor.norm.weight",
-                    take(
-                        f"mtp.layers.{k}.self_attn.compressor.indexer.kv_norm.weight",
-                        shape="IC",
-                        IC=self.IC,
-                    ),
-                )
-                # 102: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
-                for w in ("wgate", "wkv"):
-                    put(
-                        f"mtp.{k}.attn.indexer.compressor.{w}.weight",
-                        take(
-                            f"mtp.layers.{k}.self_attn.compressor.indexer.{w}.weight",
-                            shape="(2 IC) D",
-                            IC=self.IC,
-                            D=self.D,
-                        ),
-                    )
-                # 103: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
-                put(
-                    f"mtp.{k}.attn.indexer.wq_b.weight",
-                    take(
-                        f"mtp.layers.{k}.self_attn.compressor.indexer.wq_b.weight",
-                        shape="(IA IC) Q",
-                        IA=self.IA,
-                        IC=self.IC,
-                        Q=self.Q,
-                    ),
-                    FP8_FP8V3_RAW,
-                )
-                # 104: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
-                put(
-                    f"mtp.{k}.attn.indexer.weights_proj.weight",
-                    take(
-                        f"mtp.layers.{k}.self_attn.compressor.indexer.weights_proj.weight",
-                        shape="IA D",
-                        IA=self.IA,
-                        D=self.D,
-                    ),
-                )
-            if self.L + k < self.stated and self.L + k not in self.sliding and self.L + k not in self.sparse:
+            if (
+                self.L + k < self.stated
+                and self.L + k not in self.sliding
+                and self.L + k not in self.sparse
+            ):
                 # 109: compressor.ape <-> compressor.ape_param.weight [r C]
                 put(
                     f"mtp.{k}.attn.compressor.ape",
@@ -1493,9 +716,255 @@ class DeepseekV4Adapter(Adapter):
                     )
 
         if self.vision > 0:
-            # 115: aligner.{..} <-> model.aligner.{..} else where vision > 0
-            for (rest,) in take.wild("model.aligner.**"):
-                put(f"aligner.{rest}", take(f"model.aligner.{rest}"))
             # 114: vision.{..} <-> model.vision.{..} else where vision > 0
             for (rest,) in take.wild("model.vision.**"):
-                put(f"vision.{rest}", take(f"model.vision.{rest}"))
+                put.carried(f"vision.{rest}", take(f"model.vision.{rest}"))
+
+        if self.vision > 0:
+            # 115: aligner.{..} <-> model.aligner.{..} else where vision > 0
+            for (rest,) in take.wild("model.aligner.**"):
+                put.carried(f"aligner.{rest}", take(f"model.aligner.{rest}"))
+
+    def _layers_to_left(self, take: Take, put: Put, hf: str, native: str) -> None:
+        """`native` -> `hf`, of the tensors under `hf` and `native`."""
+        # 52: attn_norm.weight <-> input_layernorm.weight [D]
+        put(
+            f"{hf}.attn_norm.weight",
+            take(f"{native}.input_layernorm.weight", shape="D", D=self.D),
+        )
+        # 53: ffn_norm.weight <-> post_attention_layernorm.weight [D]
+        put(
+            f"{hf}.ffn_norm.weight",
+            take(f"{native}.post_attention_layernorm.weight", shape="D", D=self.D),
+        )
+        # 54: hc_{s:attn|ffn}_fn <-> {s}_hc.fn [X W]
+        for s in ("attn", "ffn"):
+            put(
+                f"{hf}.hc_{s}_fn",
+                take(f"{native}.{s}_hc.fn", shape="X W", X=self.X, W=self.W),
+            )
+        # 55: hc_{s:attn|ffn}_base <-> {s}_hc.base [X]
+        for s in ("attn", "ffn"):
+            put(f"{hf}.hc_{s}_base", take(f"{native}.{s}_hc.base", shape="X", X=self.X))
+        # 56: hc_{s:attn|ffn}_scale <-> {s}_hc.scale [3]
+        for s in ("attn", "ffn"):
+            put(f"{hf}.hc_{s}_scale", take(f"{native}.{s}_hc.scale", shape="3"))
+        # 58: attn.attn_sink <-> self_attn.sinks_param.weight [A]
+        put(
+            f"{hf}.attn.attn_sink",
+            take(f"{native}.self_attn.sinks_param.weight", shape="A", A=self.A),
+        )
+        # 59: attn.q_norm.weight <-> self_attn.q_norm.weight [Q]
+        put(
+            f"{hf}.attn.q_norm.weight",
+            take(f"{native}.self_attn.q_norm.weight", shape="Q", Q=self.Q),
+        )
+        # 60: attn.kv_norm.weight <-> self_attn.kv_norm.weight [C]
+        put(
+            f"{hf}.attn.kv_norm.weight",
+            take(f"{native}.self_attn.kv_norm.weight", shape="C", C=self.C),
+        )
+        # 61: attn.wq_a.weight as fp8|fp8v3|raw <-> self_attn.wq_a.weight [Q D]
+        put(
+            f"{hf}.attn.wq_a.weight",
+            take(f"{native}.self_attn.wq_a.weight", shape="Q D", Q=self.Q, D=self.D),
+            FP8_FP8V3_RAW,
+        )
+        # 62: attn.wq_b.weight as fp8|fp8v3|raw <-> self_attn.wq_b.weight [(A C) Q]
+        put(
+            f"{hf}.attn.wq_b.weight",
+            take(
+                f"{native}.self_attn.wq_b.weight",
+                shape="(A C) Q",
+                A=self.A,
+                C=self.C,
+                Q=self.Q,
+            ),
+            FP8_FP8V3_RAW,
+        )
+        # 63: attn.wkv.weight as fp8|fp8v3|raw <-> self_attn.wkv.weight [C D]
+        put(
+            f"{hf}.attn.wkv.weight",
+            take(f"{native}.self_attn.wkv.weight", shape="C D", C=self.C, D=self.D),
+            FP8_FP8V3_RAW,
+        )
+        # 64: attn.wo_a.weight as fp8|fp8v3|raw <-> self_attn.wo_a.weight [(G O) P]
+        put(
+            f"{hf}.attn.wo_a.weight",
+            take(
+                f"{native}.self_attn.wo_a.weight",
+                shape="(G O) P",
+                G=self.G,
+                O=self.O,
+                P=self.P,
+            ),
+            FP8_FP8V3_RAW,
+        )
+        # 65: attn.wo_b.weight as fp8|fp8v3|raw <-> self_attn.wo_b.weight [D (G O)]
+        put(
+            f"{hf}.attn.wo_b.weight",
+            take(
+                f"{native}.self_attn.wo_b.weight",
+                shape="D (G O)",
+                D=self.D,
+                G=self.G,
+                O=self.O,
+            ),
+            FP8_FP8V3_RAW,
+        )
+        # 67: ffn.gate.weight <-> mlp.gate.weight [E D]
+        put(
+            f"{hf}.ffn.gate.weight",
+            take(f"{native}.mlp.gate.weight", shape="E D", E=self.E, D=self.D),
+        )
+        if self.vision > 0:
+            # 68: ffn.gate.bias_vl <-> mlp.gate.bias_vl [E] where vision > 0
+            put(
+                f"{hf}.ffn.gate.bias_vl",
+                take(f"{native}.mlp.gate.bias_vl", shape="E", E=self.E),
+            )
+        # 69: ffn.shared_experts.{j:w1|w3}.weight as fp8|fp8v3|raw <-> mlp.shared_experts.{j:gate|up}_proj.weight [(S F) D]
+        for hf_j, native_j in (("w1", "gate"), ("w3", "up")):
+            put(
+                f"{hf}.ffn.shared_experts.{hf_j}.weight",
+                take(
+                    f"{native}.mlp.shared_experts.{native_j}_proj.weight",
+                    shape="(S F) D",
+                    S=self.S,
+                    F=self.F,
+                    D=self.D,
+                ),
+                FP8_FP8V3_RAW,
+            )
+        # 70: ffn.shared_experts.w2.weight as fp8|fp8v3|raw <-> mlp.shared_experts.down_proj.weight [D (S F)]
+        put(
+            f"{hf}.ffn.shared_experts.w2.weight",
+            take(
+                f"{native}.mlp.shared_experts.down_proj.weight",
+                shape="D (S F)",
+                D=self.D,
+                S=self.S,
+                F=self.F,
+            ),
+            FP8_FP8V3_RAW,
+        )
+        # 71: ffn.experts.{e}.{j:w1|w3}.weight [F Z] as fp4|fp8|fp8v3|raw <-> mlp.experts.gate_and_up_projs [e Z (j F)]
+        gate_and_up_projs = take(
+            f"{native}.mlp.experts.gate_and_up_projs",
+            shape="e Z (j F)",
+            e=self.E,
+            Z=self.Z,
+            j=2,
+            F=self.F,
+        )
+        if gate_and_up_projs is not None:
+            for e in range(self.E):
+                for j, hf_j in enumerate(("w1", "w3")):
+                    put.part(
+                        f"{hf}.ffn.experts.{e}.{hf_j}.weight",
+                        gate_and_up_projs.unflatten(2, (2, self.F))[e, :, j].T,
+                        FP4_FP8_FP8V3_RAW,
+                    )
+        # 72: ffn.experts.{e}.w2.weight [Z F] as fp4|fp8|fp8v3|raw <-> mlp.experts.down_projs [e F Z]
+        down_projs = take(
+            f"{native}.mlp.experts.down_projs",
+            shape="e F Z",
+            e=self.E,
+            F=self.F,
+            Z=self.Z,
+        )
+        if down_projs is not None:
+            for e in range(self.E):
+                put.part(
+                    f"{hf}.ffn.experts.{e}.w2.weight",
+                    down_projs[e].T,
+                    FP4_FP8_FP8V3_RAW,
+                )
+        # 73: ffn.fc1_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc1_latent_proj.weight [u D] optional
+        put(
+            f"{hf}.ffn.fc1_latent_proj.weight",
+            take(
+                f"{native}.mlp.fc1_latent_proj.weight",
+                shape="u D",
+                D=self.D,
+                optional=True,
+            ),
+            RAW_FP8_FP8V3,
+        )
+        # 74: ffn.fc2_latent_proj.weight as raw|fp8|fp8v3 <-> mlp.fc2_latent_proj.weight [D u] optional
+        put(
+            f"{hf}.ffn.fc2_latent_proj.weight",
+            take(
+                f"{native}.mlp.fc2_latent_proj.weight",
+                shape="D u",
+                D=self.D,
+                optional=True,
+            ),
+            RAW_FP8_FP8V3,
+        )
+
+    def _attn_to_left(self, take: Take, put: Put, hf: str, native: str) -> None:
+        """`native` -> `hf`, of the tensors under `hf` and `native`."""
+        # 98: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
+        put(
+            f"{hf}.compressor.ape",
+            take(f"{native}.compressor.ape_param.weight", shape="4 (2 C)", C=self.C),
+        )
+        # 99: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
+        for w in ("wgate", "wkv"):
+            put(
+                f"{hf}.compressor.{w}.weight",
+                take(
+                    f"{native}.compressor.{w}.weight",
+                    shape="(2 C) D",
+                    C=self.C,
+                    D=self.D,
+                ),
+            )
+        # 100: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
+        put(
+            f"{hf}.indexer.compressor.ape",
+            take(
+                f"{native}.compressor.indexer.ape_param.weight",
+                shape="4 (2 IC)",
+                IC=self.IC,
+            ),
+        )
+        # 101: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
+        put(
+            f"{hf}.indexer.compressor.norm.weight",
+            take(f"{native}.compressor.indexer.kv_norm.weight", shape="IC", IC=self.IC),
+        )
+        # 102: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
+        for w in ("wgate", "wkv"):
+            put(
+                f"{hf}.indexer.compressor.{w}.weight",
+                take(
+                    f"{native}.compressor.indexer.{w}.weight",
+                    shape="(2 IC) D",
+                    IC=self.IC,
+                    D=self.D,
+                ),
+            )
+        # 103: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
+        put(
+            f"{hf}.indexer.wq_b.weight",
+            take(
+                f"{native}.compressor.indexer.wq_b.weight",
+                shape="(IA IC) Q",
+                IA=self.IA,
+                IC=self.IC,
+                Q=self.Q,
+            ),
+            FP8_FP8V3_RAW,
+        )
+        # 104: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
+        put(
+            f"{hf}.indexer.weights_proj.weight",
+            take(
+                f"{native}.compressor.indexer.weights_proj.weight",
+                shape="IA D",
+                IA=self.IA,
+                D=self.D,
+            ),
+        )

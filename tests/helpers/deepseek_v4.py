@@ -62,6 +62,11 @@ class Storage:
     wild: bool = False
     seed: int = 0
 
+    def kind(self, name: str, kind: str) -> str:
+        """How a tensor is stored: fp4, fp8, bf16, f32 or i64."""
+        stored = {"dense": self.dense, "expert": self.experts}.get(kind, kind)
+        return "bf16" if stored == "raw" else stored
+
 
 def checkpoint(
     config: dict[str, Any], storage: Storage = Storage(), *, latent: int = 0, mtp: str = "mtp.{k}"
@@ -162,7 +167,7 @@ def _compressor(prefix: str, ratio: int, head: int, width: int) -> Iterator[tupl
 def _experts(config: dict[str, Any], prefix: str, number: int, latent: int) -> Iterator[tuple[str, Sizes, str]]:
     width, inner, count = config["hidden_size"], config["moe_intermediate_size"], config["n_routed_experts"]
     yield prefix + "gate.weight", (count, width), "bf16"
-    is_hash = number < config.get("num_hash_layers", 0)
+    is_hash = number < min(config.get("num_hash_layers", 0), config["num_hidden_layers"])
     has_vision = bool(config.get("vision_n_layers"))
     if is_hash:
         yield prefix + "gate.tid2eid", (config["vocab_size"], config["num_experts_per_tok"]), "i64"
@@ -213,7 +218,7 @@ class _Maker:
         self.random = torch.Generator().manual_seed(storage.seed)
 
     def add(self, name: str, shape: Sizes, kind: str) -> None:
-        stored = {"dense": self.storage.dense, "expert": self.storage.experts}.get(kind, kind)
+        stored = self.storage.kind(name, kind)
         if stored == "fp8":
             self.tensors[name] = self._fp8(shape)
             blocks = tuple(-(-size // 128) for size in shape)

@@ -7,11 +7,13 @@ from typing import Any
 
 from mapdsl.compiler import ir
 from mapdsl.compiler.check import Checked
+from mapdsl.compiler.formula import show
 from mapdsl.language import tree
 
 # A guard that speaks of large indices (`i < 61`) is not worth a model that large.
 LARGEST_REACH = 8
 _SMALLEST_REACH = 4
+_FLAGS = ("bounds_index", "is_size", "is_factor", "is_divided", "is_divisor", "measured", "distinct")
 _ORDER = ("<", "<=", ">", ">=")
 
 
@@ -19,9 +21,10 @@ _ORDER = ("<", "<=", ">", ">=")
 class Field:
     """One field of the config, or one param: what is known of its values.
 
-    `kind` is `int`, `bool`, `str`, `number`, `list`, or empty where nothing tells. `bounds_index` and `is_size` say what
-    an integer does, `is_factor` that a size is made from it, `measured` that a list's length matters, `distinct` that no element may stand twice. `optional`
-    fields may be absent. `literals` are the values that the map compares with.
+    `kind` is `int`, `bool`, `str`, `number`, `list`, or empty where nothing tells. `bounds_index` and `is_size` say
+    what an integer does, `is_factor` that a size is made from it, `is_divided` and `is_divisor` where it stands by a
+    `//` there. `measured` says that a list's length matters, `distinct` that no element may stand twice. `optional`
+    fields may be absent. `literals` are what the map compares with.
     """
 
     path: str
@@ -29,6 +32,8 @@ class Field:
     bounds_index: bool = False
     is_size: bool = False
     is_factor: bool = False
+    is_divided: bool = False
+    is_divisor: bool = False
     optional: bool = False
     measured: bool = False
     distinct: bool = False
@@ -56,7 +61,7 @@ class Field:
     def absorb(self, other: Field) -> None:
         """Everything that is known of another name for the same value."""
         self.kind = self.kind or other.kind
-        for flag in ("bounds_index", "is_size", "is_factor", "measured", "distinct"):
+        for flag in _FLAGS:
             setattr(self, flag, getattr(self, flag) or getattr(other, flag))
         for literal in other.literals:
             self.note(literal)
@@ -172,14 +177,23 @@ class _Reader:
             case tree.Operation(operator=symbol) if symbol in ("+", "-", "*", "//", "%"):
                 self._integer(expr, bounds=wanted.bounds_index)
                 if wanted.is_size or wanted.is_factor:
-                    for path in ir.names_in(expr):
-                        self._field(path).is_factor = True
+                    self._size(expr)
             case tree.Operation():
                 self._boolean(expr)
             case tree.Call():
                 self._call(expr)
             case tree.Has():
                 self._has(expr)
+
+    def _size(self, expr: tree.Operation) -> None:
+        """The expression is a size: what it is made from stays small, and a quotient should not be 0."""
+        for path in ir.names_in(expr):
+            self._field(path).is_factor = True
+        if expr.operator == "//":
+            for path in ir.names_in(expr.operands[0]):
+                self._field(path).is_divided = True
+            for path in ir.names_in(expr.operands[1]):
+                self._field(path).is_divisor = True
 
     def _boolean(self, expr: tree.Expr) -> None:
         match expr:
@@ -247,6 +261,8 @@ class _Reader:
             return
         listed = self._target(call.arguments[0])
         if listed is None:
+            if isinstance(call.arguments[0], tree.Call):
+                self._call(call.arguments[0])
             return
         listed.of_kind("list").measured = True
         for argument in call.arguments[1:]:
@@ -254,8 +270,6 @@ class _Reader:
                 listed.items().note(argument.value)
 
     def _has(self, expr: tree.Has) -> None:
-        from mapdsl.compiler.formula import show
-
         self.has[show(expr)] = None
 
     def _reach(self, value: Any, symbol: str) -> None:

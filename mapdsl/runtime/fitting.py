@@ -1,0 +1,71 @@
+"""Holding tensors against what a map says: shapes, places in larger tensors, copies, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.sizes import SizeError, axis_sizes
+
+
+def fitted(name: str, pattern: str, shape: Iterable[int], known: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of all axes of a pattern against a tensor's shape; an error names the tensor."""
+    try:
+        return axis_sizes(pattern, tuple(shape), known)
+    except SizeError as err:
+        raise ConversionError(err.code, f"{name}: {err}") from None
+
+
+def place(view: Tensor, tensor: Tensor, name: str) -> None:
+    """Copy a tensor to its place in another, where shape and dtype must agree."""
+    if view.shape != tensor.shape:
+        expected, found = list(view.shape), list(tensor.shape)
+        raise ConversionError("R606", f"{name}: expected {expected} as in the rest of its group, found {found}")
+    if view.dtype != tensor.dtype:
+        raise ConversionError(
+            "R606", f"{name}: expected {view.dtype} as in the rest of its group, found {tensor.dtype}"
+        )
+    view.copy_(tensor)
+
+
+def reshaped(name: str, tensor: Tensor, view: Tensor) -> Tensor:
+    """The tensor with its dimensions cut as those of a view that is to take it."""
+    if tensor.shape.numel() != view.shape.numel():
+        expected, found = list(view.shape), list(tensor.shape)
+        raise ConversionError("R606", f"{name}: expected {expected} as in the rest of its group, found {found}")
+    return tensor.reshape(view.shape)
+
+
+def compare(view: Tensor, tensor: Tensor, name: str) -> None:
+    """R602 unless a copy equals the first one, byte for byte."""
+    if view.shape != tensor.shape or view.dtype != tensor.dtype:
+        expected, found = f"{list(view.shape)} {view.dtype}", f"{list(tensor.shape)} {tensor.dtype}"
+        raise ConversionError("R602", f"{name}: expected {expected} as in its other copies, found {found}")
+    if not view.is_meta:
+        same_bytes(name, tensor, view, "the first of its copies", "R602")
+
+
+def only_copy(view: Tensor, dims: tuple[int, ...], name: str) -> Tensor:
+    """The first of the copies that lie along some dimensions of a tensor; R602 unless all are equal."""
+    for dim in sorted(dims, reverse=True):
+        first = view.select(dim, 0)
+        for number in range(1, view.shape[dim]):
+            compare(first, view.select(dim, number), f"{name} (copy {number})")
+        view = first
+    return view
+
+
+def same_bytes(name: str, tensor: Tensor, wanted: Tensor, what: str, code: str = "R601") -> None:
+    """R601 (or R602) at the first element whose bytes differ."""
+    if tensor.numel() == 0:
+        return
+    one = tensor.contiguous().reshape(-1).view(torch.uint8)
+    other = wanted.contiguous().reshape(-1).view(torch.uint8)
+    if not torch.equal(one, other):
+        flat = int((one != other).nonzero()[0]) // tensor.element_size()
+        place_ = [int(n) for n in torch.unravel_index(torch.tensor(flat), tensor.shape)]
+        found, expected = tensor.reshape(-1)[flat].item(), wanted.reshape(-1)[flat].item()
+        raise ConversionError(code, f"{name} differs from {what} at {place_}: expected {expected}, found {found}")

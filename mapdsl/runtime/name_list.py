@@ -1,0 +1,98 @@
+"""Running a conversion without tensors: what it would take, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mapdsl.runtime.complement import Alternatives
+from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.names import Wide
+from mapdsl.runtime.take import AS_IS, NOT_AT_ALL, Operand, Take
+
+MAX_NAMES = 10_000_000
+
+
+class Listed(NamedTuple):
+    """One name of a side, how it is stored, the pattern of its shape and the sizes known."""
+
+    name: str
+    stored: Alternatives
+    shape: str | None
+    sizes: Mapping[str, int]
+
+
+class NameList(Take):
+    """Takes nothing: writes down what would be taken.
+
+    `names` are the tensors that a whole state has; `named` are all names that the rules speak of, those that are
+    optional, dropped or shut out by a guard too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({}, partial=True)
+        self.names: list[Listed] = []
+        self.named: set[str] = set()
+
+    def __call__(
+        self,
+        name: str,
+        stored: Alternatives = AS_IS,
+        *,
+        shape: str | None = None,
+        optional: bool = False,
+        into: Alternatives = NOT_AT_ALL,
+        **sizes: int,
+    ) -> Tensor | None:
+        """Note one name."""
+        del into
+        self._note(name, stored, shape, optional, sizes)
+        return None
+
+    def group(self, *operands: Operand, optional: bool = False, into: Alternatives = NOT_AT_ALL, **sizes: int) -> bool:
+        """Note the names of a group."""
+        del into
+        for names, shape, *rest in operands:
+            for name in [names] if isinstance(names, str) else names:
+                self._note(name, rest[0] if rest else AS_IS, shape, optional, sizes)
+        return False
+
+    def equal(
+        self,
+        name: str,
+        value: float | Tensor,
+        stored: Alternatives = AS_IS,
+        *,
+        shape: str | None = None,
+        optional: bool = False,
+        **sizes: int,
+    ) -> None:
+        """Note a constant."""
+        del value
+        self._note(name, stored, shape, optional, sizes)
+
+    def tied(self, name: str, other: str, stored: Alternatives = AS_IS, *, optional: bool = False) -> None:
+        """Note a tied tensor; its twin is another rule's."""
+        del other
+        self._note(name, stored, None, optional, {})
+
+    def drop(self, name: str, stored: Alternatives = AS_IS) -> None:
+        """A dropped tensor is no part of the layout, but it has its rule."""
+        del stored
+        self.named.add(name)
+
+    def shut(self, *names: str | Wide) -> None:
+        """Names that are shut out have their rule, too."""
+        self.named.update(name for name in names if isinstance(name, str))
+
+    def _note(
+        self, name: str, stored: Alternatives, shape: str | None, optional: bool, sizes: Mapping[str, int]
+    ) -> None:
+        self.named.add(name)
+        if len(self.named) > MAX_NAMES:
+            raise ConversionError("C505", f"the config makes more than {MAX_NAMES:,} tensors")
+        # A tensor without elements is on neither side: the other one has no names for it.
+        if not optional and all(size > 0 for size in sizes.values()):
+            self.names.append(Listed(name, stored, shape, sizes))

@@ -1,0 +1,144 @@
+"""Formats of a rule's tensors: which fit a shape, which dtypes they claim, what a round trip through them promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+import torch
+
+from mapdsl.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from mapdsl.compiler import codecs as compiled
+from mapdsl.compiler import ir
+from mapdsl.compiler.codecs import AnyCodec
+from mapdsl.compiler.expand import Expansion
+from mapdsl.runtime.codecs.base import Codec
+from mapdsl.runtime.codecs.block_scaled import BlockScaled
+from mapdsl.runtime.codecs.values import Add, Cast, NegExp
+from mapdsl.testing.bits import FLOATS, PLAIN_DTYPES
+from mapdsl.testing.configs import ContradictionError
+
+# What writing decodes the right side's own formats to.
+_WRITE_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class RuleFormats:
+    """The formats of a rule as seen from one side: one list a tensor of this side, one a tensor of the other.
+
+    With `encodes` the other side is written in its first formats, not as it is.
+    """
+
+    side: str
+    here: list[list[AnyCodec]]
+    across: list[list[AnyCodec]]
+    encodes: bool
+
+    @classmethod
+    def of(cls, expansion: Expansion, rule: ir.Rule, side: str, encodes: bool) -> RuleFormats:
+        """The formats of a rule."""
+        other = rule.right if side == "left" else rule.left
+        here, across = ([expansion.codecs(t) for t in tensors] for tensors in (rule.side(side), other))
+        return cls(side, here, across, encodes or side == "left")
+
+    @property
+    def undecoded(self) -> bool:
+        """Whether both sides have the same formats, so that payload and companions move as they are."""
+        return len(self.here) == 1 and bool(self.here[0]) and self.here == self.across
+
+    def must_encode(self) -> bool:
+        """Whether writing the other side encodes values."""
+        return any(c and (self.encodes or all(codec.kind != "raw" for codec in c)) for c in self.across)
+
+
+def base_dtype(formats: RuleFormats, chosen: list[AnyCodec | None], decoded: torch.dtype, rng: Random) -> torch.dtype:
+    """The dtype of a match's plain tensors: one for all, since they may be joined on the other side."""
+    if formats.side == "left" and any(formats.across):
+        return _WRITE_DTYPE
+    if any(codec is not None and codec.kind != "raw" for codec in chosen) or formats.must_encode():
+        return decoded
+    codecs = [codec for tensor in (*formats.here, *formats.across) for codec in tensor]
+    free = [dtype for dtype in PLAIN_DTYPES if not any(claims(codec, dtype) for codec in codecs)]
+    if not free:
+        raise ContradictionError("no dtype is left for a plain tensor")
+    return rng.choice([*free, *(dtype for dtype in free if dtype in FLOATS)])
+
+
+def is_exact(formats: RuleFormats, chosen: list[AnyCodec | None], decoded: torch.dtype, base: torch.dtype) -> bool:
+    """Whether a trip from this side and back promises every byte, in the formats chosen."""
+    if formats.undecoded:
+        return True
+    to = decoded if formats.side == "left" else _WRITE_DTYPE
+    if any(codec is not None and codec.kind == "cast" and not _holds(to, codec) for codec in chosen):
+        return False
+    if formats.side == "left":
+        return all(not c or casts_back(c[0], base) for c in formats.across)
+    if any(codec is not None and codec.kind != "raw" for codec in chosen):
+        return False
+    return all(not c or any(x.kind == "raw" for x in c) or casts_back(c[0], base) for c in formats.across)
+
+
+def is_tame(formats: RuleFormats) -> bool:
+    """Whether the values must be such that every format of the other side can hold them."""
+    return formats.must_encode()
+
+
+def written(codecs: list[AnyCodec], quantization: bool) -> AnyCodec | None:
+    """The format that a tensor is written in when nothing was read."""
+    raw = next((codec for codec in codecs if codec.kind == "raw"), None)
+    return raw if raw is not None and not quantization else codecs[0] if codecs else None
+
+
+def fits(codec: AnyCodec, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape can be stored so: packed elements fill whole bytes."""
+    per = getattr(codec, "per", 1)
+    return per == 1 or bool(shape and shape[-1] % per == 0)
+
+
+def claims(codec: AnyCodec, dtype: torch.dtype) -> bool:
+    """Whether a plain tensor of this dtype would be taken for one of the codec's."""
+    if codec.kind == "raw":
+        return False
+    if getattr(codec, "payload_dtypes", getattr(codec, "dtypes", ())) == ():
+        return dtype in FLOATS
+    return codec.claims(DTYPE_NAMES[dtype])
+
+
+def _holds(dtype: torch.dtype, codec: AnyCodec) -> bool:
+    """Whether decoding a cast to this dtype loses nothing."""
+    return dtype in (torch.float32, cast_dtype(codec))
+
+
+def casts_back(codec: AnyCodec, dtype: torch.dtype) -> bool:
+    """Whether a cast holds every value of this dtype."""
+    if codec.kind != "cast":
+        return False
+    return cast_dtype(codec) in (torch.float32, dtype)
+
+
+def cast_dtype(codec: AnyCodec) -> torch.dtype:
+    """The dtype that a cast stores."""
+    return TORCH_DTYPES[codec.stored("x", ())[0].dtypes[0]]
+
+
+def runtime_codec(codec: AnyCodec) -> Codec:
+    """The runtime's codec of a checked declaration."""
+    match codec:
+        case compiled.BlockScaled():
+            return BlockScaled(
+                codec.name,
+                codec.element,
+                codec.block,
+                codec.scale,
+                codec.scale_dtypes,
+                codec.squeeze,
+                codec.packed,
+                codec.payload,
+            )
+        case compiled.Codec(kind="cast"):
+            return Cast(codec.name, codec.name)
+        case compiled.Codec(kind="add"):
+            return Add(codec.name, codec.amount)
+        case compiled.Codec(kind="neg_exp"):
+            return NegExp(codec.name)
+    raise AssertionError(f"no runtime codec of kind {codec.kind}")

@@ -1,0 +1,541 @@
+"""A second opinion on what a map does: a slow interpreter of checked maps, element by element, in plain Python.
+
+It shares nothing with `emit/` and the conversions of `runtime/`: it enumerates every match of every rule, every element
+of every piece, and moves one number at a time. Names are enumerated, not parsed; sizes are found by trying.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mapdsl.compiler import ir
+from mapdsl.compiler.check import Checked
+from mapdsl.compiler.formula import evaluate, evaluate_params, show
+from mapdsl.compiler.names import Pattern, is_narrower, patterns, read
+from mapdsl.compiler.shapes import Layout, Piece, name_axes
+from mapdsl.language import tree
+
+Values = dict[str, Any]
+State = dict[str, Tensor]
+LEFT, RIGHT = 0, 1
+
+
+class ReferenceProblem(Exception):
+    """The state does not fit the map; `code` as in the catalogue."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+
+
+@dataclass
+class Match:
+    """One match of a rule: values of the indices and positions of the enumerations that stay in names."""
+
+    rule: ir.Rule
+    layout: Layout
+    values: Values
+    holds: bool
+
+
+@dataclass
+class Reference:
+    """A checked map under one config."""
+
+    checked: Checked
+    config: Mapping[str, Any]
+    given: Mapping[str, Any] = field(default_factory=dict)
+    partial: bool = False
+
+    def __post_init__(self) -> None:
+        self.map = self.checked.map
+        self.values: Values = {}
+
+    # --- whole states ---
+
+    def to_right(self, state: State) -> State:
+        """The right side's state of a left one."""
+        self._answer(state)
+        return self._convert(self._respelled(state), LEFT)
+
+    def to_left(self, state: State, *, found: Mapping[str, bool] | None = None) -> State:
+        """The left side's state of a right one; `found` answers `has(...)`."""
+        self._answer({}, found)
+        return self._convert(dict(state), RIGHT)
+
+    def _convert(self, state: State, source: int) -> State:
+        left_over, made = dict(state), State()
+        ties: list[Match] = []
+        named = self._named(source)
+        for match in self._matches():
+            if not match.holds or _is_wild(match.rule, self.map):
+                continue
+            value = match.rule.value
+            if value is not None and isinstance(value.content, tree.Template):
+                ties.append(match)
+                continue
+            self._apply(match, source, state, left_over, made)
+        for match in ties:
+            self._tie(match, source, state, left_over, made)
+        self._carry(source, named, left_over, made)
+        if left_over:
+            raise ReferenceProblem("R603", ", ".join(left_over))
+        return made
+
+    def _apply(self, match: Match, source: int, state: State, left_over: State, made: State) -> None:
+        """One match of a rule without wildcards in its names."""
+        here, there = match.rule.sides[source], match.rule.sides[1 - source]
+        dropped = (match.rule.arrow, source) in (("->", LEFT), ("<-", RIGHT))
+        names = [n for tensor in here for n, _ in self._names(match, source, tensor)]
+        if not here:
+            if match.rule.value is not None:
+                self._make(match, 1 - source, made)
+            return
+        if not there and match.rule.value is None:
+            for name in names if dropped else ():
+                left_over.pop(name, None)
+            return
+        if self._is_empty(match):
+            for name in names:
+                left_over.pop(name, None)
+            return
+        missing = [name for name in names if name not in state]
+        if missing and len(missing) == len(names) and (match.rule.optional or self.partial):
+            return
+        if missing:
+            raise ReferenceProblem("R605", ", ".join(missing))
+        for name in names:
+            left_over.pop(name)
+        if not there:
+            self._compare(match, source, state)
+        elif names:
+            _move(self, match, source, state, made)
+
+    # --- constants and ties ---
+
+    def _constant(self, match: Match, side: int) -> Iterator[tuple[str, Tensor | None]]:
+        value = match.rule.value
+        assert value is not None
+        for tensor in match.rule.sides[side]:
+            for name, inner in self._names(match, side, tensor):
+                if isinstance(value.content, tree.Generator):
+                    theta, count = (evaluate(a, {**self.values, **inner}) for a in value.content.arguments)
+                    yield name, torch.tensor([theta ** -(n / count) for n in range(count)], dtype=torch.float32)
+                else:
+                    assert isinstance(value.content, tree.Number) and tensor.shape is not None
+                    sizes = self._sizes(match, [], {})
+                    shape = [_extent(d, sizes) for d in tensor.shape.dimensions]
+                    yield name, torch.full(shape, float(value.content.value), dtype=torch.bfloat16)
+
+    def _make(self, match: Match, side: int, made: State) -> None:
+        made.update({name: tensor for name, tensor in self._constant(match, side) if tensor is not None})
+
+    def _compare(self, match: Match, side: int, state: State) -> None:
+        assert match.rule.value is not None
+        if match.rule.value.compared:
+            for name, wanted in self._constant(match, side):
+                if wanted is not None and not torch.equal(state[name], wanted.to(state[name].dtype)):
+                    raise ReferenceProblem("R601", name)
+
+    def _tie(self, match: Match, source: int, state: State, left_over: State, made: State) -> None:
+        rule = match.rule
+        assert rule.value is not None and isinstance(rule.value.content, tree.Template)
+        side = LEFT if rule.left else RIGHT
+        twin = self._spell(rule.value.content, match.values)
+        for tensor in rule.sides[side]:
+            for name, _ in self._names(match, side, tensor):
+                if side == source:
+                    if name in state and rule.value.compared and not torch.equal(state[name], state[twin]):
+                        raise ReferenceProblem("R601", name)
+                    left_over.pop(name, None)
+                elif twin in made:
+                    made[name] = made[twin]
+
+    # --- wildcards ---
+
+    def _carry(self, source: int, named: set[str], left_over: State, made: State) -> None:
+        """Names that no other rule names, by the narrowest template; their images must be no other rule's either."""
+        elses = [match for match in self._matches() if _is_wild(match.rule, self.map)]
+        foreign = self._named(1 - source)
+        for name in list(left_over):
+            readings = [(m, p, r) for m in elses for p in self._else_patterns(m, source) if (r := self._reads(p, m, name))]
+            best = [
+                (m, p, r) for m, p, r in readings if not any(is_narrower(q, p) for _, q, _ in readings)
+            ]
+            if not best or name in named:
+                continue
+            match, _, texts = best[0]
+            if not match.holds:
+                continue
+            tensor = left_over.pop(name)
+            for target in match.rule.sides[1 - source]:
+                image = self._spell(target.template, match.values, texts)
+                rivals = [
+                    q for m in elses for q in self._else_patterns(m, 1 - source) if m is not match and self._reads(q, m, image)
+                ]
+                mine = self._else_patterns(match, 1 - source)[0]
+                if image in foreign or image in made or any(is_narrower(q, mine) for q in rivals):
+                    raise ReferenceProblem("R603", image)
+                made[image] = tensor
+
+    def _else_patterns(self, match: Match, side: int) -> list[Pattern]:
+        found = []
+        for tensor in match.rule.sides[side]:
+            for pattern in patterns(tensor.template):
+                if all(match.values.get(axis, position) == position for axis, position in pattern.choice.items()):
+                    found.append(pattern)
+        return found
+
+    def _reads(self, pattern: Pattern, match: Match, name: str) -> dict[str, str] | None:
+        """What the wildcards of a pattern stand for in a name, if its numbers are those of the match."""
+        reading = read(pattern, name)
+        if reading is None:
+            return None
+        for hole, number in reading[0]:
+            open_ = [n for n in ir.names_in(hole) if n in self.map.indices and self.map.indices[n].upper is None]
+            if open_:
+                lower = self.map.indices[open_[0]].lower
+                offset = evaluate(hole, {**self.values, **match.values, open_[0]: 0})
+                if number - offset < (evaluate(lower, self.values) if lower else 0):
+                    return None
+                return {**reading[1], f"#{open_[0]}": str(number - offset)}
+            if evaluate(hole, {**self.values, **match.values}) != number:
+                return None
+        return reading[1] or {"": ""}
+
+    # --- names ---
+
+    def _matches(self) -> Iterator[Match]:
+        for rule, layout in zip(self.map.rules, self.checked.layouts, strict=True):
+            axes = [a for a in layout.matched if a in rule.enumerations or self._is_closed(a)]
+            for values in self._positions(rule, axes, {}):
+                holds = rule.guard is None or evaluate(rule.guard, {**self.values, **values})
+                yield Match(rule, layout, values, bool(holds))
+
+    def _is_closed(self, axis: str) -> bool:
+        return axis in self.map.indices and self.map.indices[axis].upper is not None
+
+    def _positions(self, rule: ir.Rule, axes: list[str], known: Values) -> Iterator[Values]:
+        """Every combination of positions of some axes; bounds may use earlier indices."""
+        declared = list(self.map.indices)
+        order = sorted(axes, key=lambda a: declared.index(a) if a in declared else -1)
+
+        def extend(values: Values, left: list[str]) -> Iterator[Values]:
+            if not left:
+                yield values
+                return
+            for position in self._range(rule, left[0], {**known, **values}):
+                yield from extend({**values, left[0]: position}, left[1:])
+
+        yield from extend({}, order)
+
+    def _range(self, rule: ir.Rule, axis: str, values: Values) -> range:
+        if axis in rule.enumerations:
+            return range(rule.enumerations[axis].size)
+        index = self.map.indices[axis]
+        scope = {**self.values, **values}
+        assert index.upper is not None
+        return range(evaluate(index.lower, scope) if index.lower else 0, evaluate(index.upper, scope))
+
+    def _names(self, match: Match, side: int, tensor: ir.Tensor) -> Iterator[tuple[str, Values]]:
+        """The names of one operand in a match, with the positions of the axes that they absorb."""
+        axes = [a for a in name_axes(tensor.template, self.map.indices) if a in match.layout.in_names[side]]
+        for values in self._positions(match.rule, axes, match.values):
+            yield self._spell(tensor.template, {**match.values, **values}), values
+
+    def _spell(self, template: tree.Template, values: Values, texts: Mapping[str, str] | None = None) -> str:
+        numbers = {key[1:]: int(text) for key, text in (texts or {}).items() if key.startswith("#")}
+        words = []
+        for part in template.parts:
+            match part:
+                case tree.Text(text=text):
+                    words.append(text)
+                case tree.EnumHole(name=name, spellings=spellings):
+                    words.append(spellings[values[name]])
+                case tree.NumberHole(value=value):
+                    words.append(str(evaluate(value, {**self.values, **values, **numbers})))
+                case tree.WildcardHole(name=wild):
+                    words.append((texts or {})[wild or "*"])
+        return "".join(words)
+
+    def _is_empty(self, match: Match) -> bool:
+        """Whether an operand has no names (there are no experts): then no tensor of the match is on either side."""
+        return any(not list(self._names(match, side, t)) for side in (LEFT, RIGHT) for t in match.rule.sides[side])
+
+    def _named(self, side: int) -> set[str]:
+        """Every name that a rule without `{..}` names, whether its guard holds or not."""
+        found = set()
+        for match in self._matches():
+            if not _is_wild(match.rule, self.map):
+                for tensor in match.rule.sides[side]:
+                    found |= {name for name, _ in self._names(match, side, tensor)}
+        return found
+
+    # --- params and legacy names ---
+
+    def _answer(self, state: State, found: Mapping[str, bool] | None = None) -> None:
+        """Set the params; `has(...)` is answered by the state."""
+        fields = dict(_flat(self.config))
+        given = {**self.given, **(found or {})}
+        for param in self.map.params.values():
+            options = param.value.options if isinstance(param.value, tree.Default) else (param.value,)
+            for option in options:
+                if isinstance(option, tree.Has) and state:
+                    wanted = patterns(option.template)
+                    fields[show(option)] = any(read(p, n) is not None for p in wanted for n in state)
+        self.values = evaluate_params({n: p.value for n, p in self.map.params.items()}, fields, given)
+
+    def _respelled(self, state: State) -> State:
+        out = dict(state)
+        for accept in self.map.accepts:
+            axes = [p.name for p in ir.holes(accept.old, tree.EnumHole)]  # type: ignore[attr-defined]
+            axes += [a for a in name_axes(accept.old, self.map.indices) if a in self.map.indices]
+            rule = ir.Rule((), "<->", (), None, False, False, None, accept.enumerations, (), accept.span)
+            for values in self._positions(rule, list(dict.fromkeys(axes)), {}):
+                if accept.guard is not None and not evaluate(accept.guard, {**self.values, **values}):
+                    continue
+                match = Match(rule, self.checked.layouts[0], values, True)
+                for name in list(state):
+                    for pattern in patterns(accept.old):
+                        fits = all(values.get(a, n) == n for a, n in pattern.choice.items())
+                        texts = self._reads(pattern, match, name) if fits else None
+                        if texts is not None and name in out:
+                            new = self._spell(accept.new, values, texts)
+                            if new in out:
+                                raise ReferenceProblem("C506", name)
+                            out[new] = out.pop(name)
+        return out
+
+    # --- sizes ---
+
+    def _sizes(self, match: Match, tensors: list[tuple[tree.Shape, tuple[int, ...]]], free: Mapping[str, int]) -> Values:
+        """The size of every axis of a rule: known ones, and those of the tensors at hand by trying."""
+        sizes: Values = dict(free)
+        for name, value in self.values.items():
+            if isinstance(value, int):
+                sizes[name] = value
+        for name, enumeration in match.rule.enumerations.items():
+            sizes[name] = enumeration.size
+        for name in self.map.indices:
+            if self._is_closed(name):
+                try:
+                    sizes[name] = len(self._range(match.rule, name, match.values))
+                except Exception:  # its bound uses an index of other rules
+                    continue
+        for _ in range(10):
+            for shape, found in tensors:
+                for dimension, size in zip(shape.dimensions, found, strict=True):
+                    unknown = _axes_of(dimension) - sizes.keys()
+                    if len(unknown) == 1:
+                        axis = unknown.pop()
+                        fits = [n for n in range(size + 1) if _extent(dimension, {**sizes, axis: n}) == size]
+                        if not fits:
+                            raise ReferenceProblem("X305", f"{axis} in {found}")
+                        sizes[axis] = fits[0]
+        return sizes
+
+
+# --- elements --------------------------------------------------------------------------------------------------------
+
+
+def _move(reference: Reference, match: Match, source: int, state: State, made: State) -> None:
+    """Move every element of every piece of a match."""
+    layout, rule, target = match.layout, match.rule, 1 - source
+    named = [[list(reference._names(match, side, tensor)) for tensor in rule.sides[side]] for side in (LEFT, RIGHT)]
+    if not layout.pieces:
+        made[named[target][0][0][0]] = state[named[source][0][0][0]]
+        return
+    known = []
+    for operand, shape in zip(named[source], layout.shapes[source], strict=True):
+        assert shape is not None
+        for name, _ in operand:
+            if len(shape.dimensions) != state[name].ndim:
+                raise ReferenceProblem("R606", name)
+            known.append((shape, tuple(state[name].shape)))
+    sizes = reference._sizes(match, known, {})
+    for shape, found in known:
+        if tuple(_extent(d, sizes) for d in shape.dimensions) != found:
+            raise ReferenceProblem("R606", str(found))
+    dtype = state[named[source][0][0][0]].dtype
+    for operand, shape in zip(named[target], layout.shapes[target], strict=True):
+        assert shape is not None
+        for name, _ in operand:
+            made[name] = torch.zeros([_extent(d, sizes) for d in shape.dimensions], dtype=dtype)
+    for pair in layout.pieces:
+        _move_piece(reference, match, source, pair, named, sizes, state, made)
+
+
+def _move_piece(
+    reference: Reference,
+    match: Match,
+    source: int,
+    pair: tuple[Piece, Piece],
+    named: list[list[list[tuple[str, Values]]]],
+    sizes: Values,
+    state: State,
+    made: State,
+) -> None:
+    ends = []
+    for side in (source, 1 - source):
+        piece = pair[side]
+        shape = match.layout.shapes[side][piece.tensor]
+        assert shape is not None
+        by_position = {_key(values): name for name, values in named[side][piece.tensor]}
+        absorbed = list(named[side][piece.tensor][0][1])
+        ends.append((piece, shape, by_position, absorbed))
+    axes: dict[str, range] = {}
+    for piece, _, _, absorbed in ends:
+        for axis in absorbed:
+            axes[axis] = reference._range(match.rule, axis, match.values)
+        for axis in piece.axes:
+            name = axis.rstrip("'")
+            axes.setdefault(axis, range(int(name) if name.isdigit() else sizes[name]))
+    starts = {a: 0 for a in axes}
+    for axis in axes:
+        if axis in reference.map.indices and any(axis in absorbed for *_, absorbed in ends):
+            starts[axis] = axes[axis].start
+    seen: dict[tuple[str, tuple[int, ...]], Any] = {}
+    for position in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, position, strict=True))
+        counted = {a: n - starts[a] for a, n in chosen.items()}
+        places = []
+        for piece, shape, by_position, absorbed in ends:
+            name = by_position[_key({a: chosen[a] for a in absorbed})]
+            names = iter(piece.axes)
+            path = iter(piece.path)
+            place = tuple(_offset(d, names, path, counted, sizes) for d in shape.dimensions)
+            places.append((name, place))
+        (here, at), (there, to) = places
+        value = state[here][at]
+        if (there, to) in seen and not torch.equal(seen[there, to], value):
+            raise ReferenceProblem("R602", here)
+        seen[there, to] = value
+        made[there][to] = value
+
+
+def _key(values: Values) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(values.items()))
+
+
+def _offset(
+    node: tree.Dimension | tree.Product, names: Iterator[str], path: Iterator[int], position: Values, sizes: Values
+) -> int:
+    """The place along one dimension of an element of a piece; `names` gives its axes in order."""
+    match node:
+        case tree.Axis(size=1):
+            return 0
+        case tree.Axis() | tree.Pad():
+            return int(position[next(names)])
+        case tree.Sum(terms=terms):
+            taken = next(path)
+            return sum(_extent(term, sizes) for term in terms[:taken]) + _offset(
+                terms[taken], names, path, position, sizes
+            )
+        case tree.Product(factors=factors):
+            place = 0
+            for factor in factors:
+                place = place * _extent(factor, sizes) + _offset(factor, names, path, position, sizes)
+            return place
+    raise AssertionError(node)
+
+
+def _extent(node: tree.Dimension | tree.Product, sizes: Mapping[str, int]) -> int:
+    match node:
+        case tree.Axis(name=str(name)):
+            return sizes[name]
+        case tree.Axis(size=int(size)):
+            return size
+        case tree.Pad(axis=axis):
+            return _extent(axis, sizes)
+        case tree.Sum(terms=terms):
+            return sum(_extent(term, sizes) for term in terms)
+        case tree.Product(factors=factors):
+            total = 1
+            for factor in factors:
+                total *= _extent(factor, sizes)
+            return total
+    raise AssertionError(node)
+
+
+def _axes_of(node: tree.Dimension | tree.Product) -> set[str]:
+    return {axis.name for axis in ir.axes_of(tree.Shape((node,), span=node.span)) if axis.name}  # type: ignore[arg-type]
+
+
+def _is_wild(rule: ir.Rule, resolved: ir.Map) -> bool:
+    """Whether names of a rule cannot be enumerated: wildcards, indices without an upper bound."""
+    if any(ir.holes(t.template, tree.WildcardHole) for side in rule.sides for t in side):
+        return True
+    axes = {a for side in rule.sides for t in side for a in name_axes(t.template, resolved.indices)}
+    return any(a in resolved.indices and resolved.indices[a].upper is None for a in axes)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        yield prefix + name, value
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def draw(reference: Reference, side: int, free: Mapping[str, int], fill: Callable[[list[int]], Tensor]) -> State:
+    """A whole state of one side: every match that holds, its free axes of the sizes given.
+
+    Constants and ties have their values; where copies stand on this side, the other side is drawn and moved over.
+    """
+    state = State()
+    ties: list[Match] = []
+    for match in reference._matches():
+        rule = match.rule
+        if not match.holds or _is_wild(rule, reference.map) or reference._is_empty(match):
+            continue
+        if rule.value is not None:
+            if isinstance(rule.value.content, tree.Template):
+                ties.append(match)
+            elif rule.sides[side]:
+                reference._make(match, side, state)
+            continue
+        if _has_copies(match, side, reference.map):
+            other = State()
+            _fill(reference, match, 1 - side, free, fill, other)
+            _move(reference, match, 1 - side, other, state)
+        else:
+            _fill(reference, match, side, free, fill, state)
+    for match in ties:
+        assert match.rule.value is not None and isinstance(match.rule.value.content, tree.Template)
+        for tensor in match.rule.sides[side]:
+            for name, _ in reference._names(match, side, tensor):
+                state[name] = state[reference._spell(match.rule.value.content, match.values)]
+    return state
+
+
+def _has_copies(match: Match, side: int, resolved: ir.Map) -> bool:
+    """Whether the copies of a rule stand on this side."""
+    axes: set[str] = set()
+    for tensor in match.rule.sides[side]:
+        axes |= set(name_axes(tensor.template, resolved.indices))
+        axes |= {axis.name for axis in ir.axes_of(tensor.shape) if axis.name} if tensor.shape else set()
+    return bool(axes & match.layout.repeated)
+
+
+def _fill(
+    reference: Reference,
+    match: Match,
+    side: int,
+    free: Mapping[str, int],
+    fill: Callable[[list[int]], Tensor],
+    state: State,
+) -> None:
+    sizes = reference._sizes(match, [], free)
+    shapes = match.layout.shapes[side] or tuple(t.shape for t in match.rule.sides[side])
+    for tensor, shape in zip(match.rule.sides[side], shapes, strict=True):
+        extents = [3] if shape is None else [_extent(d, sizes) for d in shape.dimensions]
+        for name, _ in reference._names(match, side, tensor):
+            state[name] = fill(extents)
