@@ -25,6 +25,8 @@ from mapdsl.language.source import Span
 from mapdsl.runtime.sizes import SizeError, axis_sizes
 
 SHOWN = 3
+# A config of another model, or a broken one: no use in listing a million names.
+TOO_MANY = 10_000
 RAW = Codec("raw", "raw")
 
 
@@ -87,6 +89,7 @@ class _Comparison:
         self.found: list[Diagnostic] = []
         self.left: dict[str, StoredTensor] = dict(checkpoint.tensors)
         self.together: dict[Kind, list[str]] = {}
+        self.missing = 0
         answers = has_answers(checked, self.left)
         values = param_values(checked, checkpoint.config, {**answers, **params})
         self.expansion: Expansion = expand(checked, values)
@@ -194,6 +197,10 @@ class _Comparison:
         for named in names:
             if named not in missing:
                 self._take(named.name, rule, "")
+        self.missing += len(missing)
+        if self.missing > 4 * self.summary.tensors + TOO_MANY:
+            message = f"the config promises far more tensors than the {self.summary.tensors:,} that are stored"
+            raise MapError([Diagnostic("C505", message, (rule.span,), subject=self.subject)])
         what = "are missing" if whole else "are missing, the rest of their group is there"
         self._together("C502", match.rule, what, [named.name for named in missing])
 
@@ -208,7 +215,7 @@ class _Comparison:
             try:
                 sizes |= axis_sizes(pattern, logical, sizes)
             except SizeError as err:
-                self._together("C503", match.rule, str(err), [named.name])
+                self._together("X305" if err.code == "X305" else "C503", match.rule, str(err), [named.name])
         for stored in codec.stored(named.name, logical):
             tensor = self.left[stored.name]
             if stored.shape is not None and tensor.shape != stored.shape:

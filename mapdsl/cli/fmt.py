@@ -57,7 +57,8 @@ def _format(file: str, arguments: argparse.Namespace) -> bool:
     if arguments.diff:
         _print_diff(source, text)
     if arguments.check:
-        complain(f"would format {escaped(source.path)}")
+        # The code is told here and not by `check`: comparing layouts would slow every check.
+        complain(f"{escaped(source.path)}: lint[L703]: would be formatted")
     elif not arguments.diff:
         write_text(source.path, text)
         complain(f"formatted {escaped(source.path)}")

@@ -20,6 +20,7 @@ from mapdsl.runtime.sizes import shape_of
 # More names than any checkpoint has: a config that promises them is broken, and listing them would only hang.
 MAX_NAMES = 1_000_000
 MAX_COUNT = 10_000_000
+MAX_INDEX = 100_000
 
 
 def param_values(checked: Checked, config: Mapping[str, Any] | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,8 +230,8 @@ class Expansion:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise MapError([Diagnostic("N118", f"a bound of `{name}` is {value!r}, not an integer", (index.span,))])
             bounds.append(value)
-        if bounds[1] > MAX_COUNT:
-            message = f"the index `{name}` runs to {bounds[1]}; more than {MAX_COUNT} is no checkpoint"
+        if bounds[1] - bounds[0] > MAX_INDEX:
+            message = f"the index `{name}` runs to {bounds[1]}; more than {MAX_INDEX} positions are no checkpoint"
             raise MapError([Diagnostic("C505", message, (index.span,))])
         return bounds[0], bounds[1]
 

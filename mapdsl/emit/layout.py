@@ -28,6 +28,12 @@ class Bracketed:
     joint: str = ", "
     optional: bool = False
 
+    @property
+    def is_literal(self) -> bool:
+        """Whether this is a tuple, a list or a dict, which is broken into one item a line at once."""
+        is_call = self.brackets == "()" and (self.before[-1:].isalnum() or self.before.endswith(("_", "*", ")")))
+        return self.joint == ", " and not is_call
+
 
 Code = Union[str, Bracketed]
 
@@ -95,14 +101,44 @@ def lines(code: Code, depth: int, *, before: str = "", after: str = "") -> list[
         return _long_string(code, depth, before, after)
     out = [f"{INDENT * depth}{before}{code.before}{code.brackets[0]}"]
     inner = code.joint.join(flat(item) for item in code.items)
-    if len(INDENT * (depth + 1) + inner) <= WIDTH:
+    if len(INDENT * (depth + 1) + inner) <= WIDTH and not code.is_literal:
         out.append(f"{INDENT * (depth + 1)}{inner}")
     else:
         for item in code.items:
-            item = item.removesuffix(",") if isinstance(item, str) else item
-            out += lines(item, depth + 1, after=code.joint.rstrip())
+            out += _item(item, depth + 1, code.joint.rstrip())
     out.append(f"{INDENT * depth}{code.brackets[1]}{code.after}{after}")
     return out
+
+
+def _item(item: Code, depth: int, after: str) -> list[str]:
+    """One item of broken code: within brackets a long expression needs none of its own."""
+    if isinstance(item, str):
+        return lines(item.removesuffix(","), depth, after=after)
+    if not item.optional or item.before or len(INDENT * depth + flat(item) + after) <= WIDTH:
+        return lines(item, depth, after=after)
+    *first, last = [line for term in item.items for line in _term(flat(term), depth)]
+    return [*first, last + after]
+
+
+def _term(code: str, depth: int) -> list[str]:
+    """A term of an expression, broken further where it is still too long."""
+    if len(INDENT * depth + code) <= WIDTH:
+        return [INDENT * depth + code]
+    operator, space, rest = (
+        code.partition(" ") if code[0] in "+-*/%" or code.startswith(("and ", "or ")) else ("", "", code)
+    )
+    if rest.startswith("(") and rest.endswith(")"):
+        return [
+            f"{INDENT * depth}{operator}{space}(",
+            *_item(breakable(rest[1:-1]), depth + 1, ""),
+            f"{INDENT * depth})",
+        ]
+    inner = breakable(rest)
+    if isinstance(inner, str) or not inner.optional:
+        return [INDENT * depth + code]
+    first, *others = (flat(term) for term in inner.items)
+    terms = [f"{operator}{space}{first}", *others]
+    return [line for term in terms for line in _term(term, depth)]
 
 
 def _long_string(code: str, depth: int, before: str, after: str) -> list[str]:

@@ -7,14 +7,13 @@ is written to its place as it comes, so that only the result is held in memory.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from mapdsl.compiler import ir
 from mapdsl.compiler.shapes import Piece
 from mapdsl.emit.expressions import difference, local, quoted
 from mapdsl.emit.layout import INDENT, WIDTH, Bracketed, Code, breakable, call, comprehension, fits, flat, lines
 from mapdsl.emit.reserved import fresh
-from mapdsl.emit.rules import RuleEmitter, shared_codecs
+from mapdsl.emit.rules import RuleEmitter, clause, shared_codecs
 from mapdsl.emit.solving import axis_codes
 from mapdsl.emit.views import Run, View, common_runs, cut_dimensions, flattened, view
 from mapdsl.language import tree
@@ -125,11 +124,8 @@ class Movement:
         )
 
     def _by_position(self, absorbed: list[str], value: Code, side: int) -> Bracketed:
-        clauses: list[Code] = []
-        for axis in absorbed:
-            loop = self.e.loop(axis, counted=True, side=side)
-            clauses.append(f"for {loop}" if isinstance(loop, str) else replace(loop, before=f"for {loop.before}"))
-        return comprehension("{}", f"{_key(absorbed)}: {flat(value)}", clauses)
+        clauses = [clause(self.e.loop(axis, counted=True, side=side)) for axis in absorbed]
+        return comprehension("{}", _entry(absorbed, value), clauses)
 
     def _group(self, shapes: list[tree.Shape]) -> Bracketed:
         """`take.group((NAMES, SHAPE, STORED), ..., SIZES)`."""
@@ -155,8 +151,8 @@ class Movement:
             if axis in self.e.rule.enumerations:
                 clauses.append(f"for {local(axis)} in range({self.e.rule.enumerations[axis].size})")
             else:
-                clauses.append(f"for {self.e.loop(axis)}")
-        return comprehension("{}", f"{_key(absorbed)}: {flat(code)}", clauses)
+                clauses.append(clause(self.e.loop(axis)))
+        return comprehension("{}", _entry(absorbed, code), clauses)
 
     def _take_all(self, number: int, depth: int) -> list[str]:
         """Take each tensor of one source operand and move its pieces."""
@@ -371,6 +367,13 @@ def _room(depth: int, variable: str) -> int:
 
 def _key(axes: list[str]) -> str:
     return local(axes[0]) if len(axes) == 1 else f"({', '.join(map(local, axes))})"
+
+
+def _entry(axes: list[str], value: Code) -> Code:
+    """An entry of a dict by positions."""
+    if len(axes) == 1:
+        return f"{local(axes[0])}: {flat(value)}"
+    return Bracketed("", [local(axis) for axis in axes], after=f": {flat(value)}")
 
 
 def _is_simple(code: Code) -> bool:

@@ -164,7 +164,7 @@ class RuleEmitter:
     def all_names(self, side: int, tensor: ir.Tensor) -> Code:
         """Every name of a tensor within one round of the index loops, as arguments of a call."""
         loops = [axis for axis in self.layout.matched if axis in self.rule.enumerations]
-        clauses: list[Code] = [_clause(self.loop(axis, side=side)) for axis in (*loops, *self.absorbed(side, tensor))]
+        clauses: list[Code] = [clause(self.loop(axis, side=side)) for axis in (*loops, *self.absorbed(side, tensor))]
         return comprehension("()", self.name(tensor), clauses, before="*") if clauses else self.name(tensor)
 
     # --- sizes ---
@@ -325,7 +325,8 @@ def shared_codecs(one: ir.Tensor, other: ir.Tensor) -> bool:
     return bool(mine & {codec.name for codec in other.codecs})
 
 
-def _clause(code: Code) -> Code:
+def clause(code: Code) -> Code:
+    """`for e in range(self.E)` of a comprehension."""
     return f"for {code}" if isinstance(code, str) else replace(code, before=f"for {code.before}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import NamedTuple, Union, cast
 
@@ -14,8 +14,8 @@ from mapdsl.runtime.codecs.formats import FLOAT_DTYPES
 from mapdsl.runtime.complement import RAW, Alternatives, Complement, Entries, Raw
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.fitting import compare, fitted, place, reshaped, same_bytes
-from mapdsl.runtime.names import Wide, captures, literal_start
 from mapdsl.runtime.sizes import parse_pattern
+from mapdsl.runtime.state_names import StateNames
 from mapdsl.runtime.undecoded import Undecoded
 
 AS_IS: Alternatives = (RAW,)
@@ -30,15 +30,19 @@ MAX_ABSENT = 10_000_000
 
 
 class Member(NamedTuple):
-    """What is known of a tensor of the group at hand; `moved` is the codec that it is moved in, undecoded."""
+    """What is known of a tensor of the group at hand.
 
+    `first` is the first name of its operand, `moved` the codec that it is moved in, undecoded.
+    """
+
+    first: str
     stored: Alternatives
     shape: str | None
     sizes: Mapping[str, int]
     moved: Codec | None
 
 
-class Take:
+class Take(StateNames):
     """The tensors of one side, handed out once each.
 
     `tensors` may be lazy: each of its values is asked for once. A tensor that is stored in one of several formats comes
@@ -57,25 +61,18 @@ class Take:
         entries: Entries | None = None,
         spelled: dict[str, str] | None = None,
     ) -> None:
+        super().__init__(tensors, spelled)
         self.tensors = tensors
         self.dtype = dtype
         self.partial = partial
         self.quantization = quantization
         self.entries = entries if entries is not None else Complement().entries
-        self._left = dict.fromkeys(tensors)
-        self._spelled = spelled if spelled is not None else {}
-        self._fetched: dict[str, Tensor] = {}
         self._taken: set[str] = set()
-        self._shut: set[str] = set()
-        self._shut_wide: list[Wide] = []
         self._members: dict[str, Member] = {}
         self._firsts: list[str] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._absent = 0
         self._device: torch.device | None = None
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._left or name in self._fetched
 
     # --- single tensors ---
 
@@ -158,6 +155,10 @@ class Take:
         if member.shape is not None:
             fitted(name, member.shape, tensor.shape, member.sizes)
         self._shapes[name] = tuple(tensor.shape)
+        expected = self._shapes.get(member.first)
+        if expected is not None and expected != self._shapes[name]:
+            found = f"expected {list(expected)} as in the rest of its group, found {list(tensor.shape)}"
+            raise ConversionError("R606", f"{name}: {found}")
         return tensor
 
     def into(self, view: Tensor, name: str, *, copy: bool = False) -> None:
@@ -223,42 +224,6 @@ class Take:
         if stored is not AS_IS:
             self.entries[name] = (codec.name, None)
 
-    # --- names ---
-
-    def accept(self, old: str, new: str, stored: Alternatives = AS_IS) -> None:
-        """Read a legacy spelling, companions included, under its new name; what was respelled is not so again."""
-        pairs = {old: new}
-        for codec in stored:
-            if isinstance(codec, Codec):
-                pairs |= dict(zip(codec.names(old), codec.names(new), strict=True))
-        for name, spelled in pairs.items():
-            if name not in self._left or name in self._spelled:
-                continue
-            if spelled in self._left:
-                raise ConversionError("C506", f"{name} is the legacy spelling of {spelled}, and both are there")
-            del self._left[name]
-            self._left[spelled] = None
-            self._spelled[spelled] = name
-
-    def holds(self, pattern: str) -> bool:
-        """Whether a name of this pattern is there (`#` a number, `*` a segment, `**` several)."""
-        return any(True for _ in self._fitting(pattern))
-
-    def wild(self, pattern: str, *but: Wide) -> Iterator[tuple[str, ...]]:
-        """What the wildcards of a pattern stand for, for every name not taken yet that fits it.
-
-        `but` are names that narrower wildcards carry, or would if their guards held.
-        """
-        for name, texts in list(self._fitting(pattern)):
-            closed = name in self._shut or any(name in wide for wide in (*but, *self._shut_wide))
-            if name in self and not closed:
-                yield texts
-
-    def shut(self, *names: str | Wide) -> None:
-        """Names that a rule names but whose guard does not hold: no wildcard carries them."""
-        self._shut.update(name for name in names if isinstance(name, str))
-        self._shut_wide += [name for name in names if isinstance(name, Wide)]
-
     @property
     def device(self) -> torch.device | None:
         """The device of the tensors, once one was taken."""
@@ -286,7 +251,7 @@ class Take:
         A group may be absent whole where that is said, and where its tensors have no elements: no expert, no name.
         """
         self._members = {
-            name: Member(stored, shape, sizes, None) for names, shape, stored in operands for name in names
+            name: Member(names[0], stored, shape, sizes, None) for names, shape, stored in operands for name in names
         }
         self._shapes = {}
         self._firsts = [names[0] for names, _, _ in operands if names]
@@ -368,13 +333,6 @@ class Take:
     def _elsewhere(self, name: str, stored: Alternatives) -> bool:
         """Whether a codec keeps the payload under another name, and that is there."""
         return any(isinstance(c, Codec) and c.payload(name) != name and c.payload(name) in self for c in stored)
-
-    def _fitting(self, pattern: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Names not taken yet that fit a pattern, with what its wildcards stand for."""
-        start = literal_start(pattern)
-        for name in [*self._left, *self._fetched]:
-            if name.startswith(start) and (texts := captures(pattern, name)) is not None:
-                yield name, texts
 
     def _peek(self, name: str) -> Tensor:
         if name not in self._fetched:

@@ -20,7 +20,7 @@ from mapdsl.runtime.sizes import SizeError, axis_sizes, shape_of
 from mapdsl.testing.bits import FLOATS, ordinary, random_bits
 from mapdsl.testing.configs import EVEN_SIZES, SIZES, ContradictionError, value_of
 from mapdsl.testing.finishing import make_copies, make_ties, respell
-from mapdsl.testing.formats import RuleFormats, base_dtype, cast_dtype, fits, is_exact, is_tame
+from mapdsl.testing.formats import Formats, cast_dtype, fits, runtime_codec
 from mapdsl.testing.readers import Readers
 from mapdsl.testing.states import Group, Logical, State, wild_values
 
@@ -29,6 +29,9 @@ MAX_ELEMENTS = 50_000_000
 QUICK_ELEMENTS = 200_000
 _SEGMENTS = ("w", "extra", "norm", "bias", "0", "7", "12", "x_1", "a-b", 'quo"te', "back\\slash", "{brace}")
 _TRIES = 8
+
+# The tensors of a match before they are filled: name, logical shape, format.
+Plan = list[tuple[Named, tuple[int, ...], "AnyCodec | None"]]
 
 
 class Drawer:
@@ -133,13 +136,19 @@ class Drawer:
             self._constant(group, side)
             return group
         plan = self._plan(match, rule, side, sizes)
-        chosen = [codec for _, _, codec in plan]
-        matched = RuleFormats.of(self.expansion, rule, side, ordinary_values)
-        base = base_dtype(matched, chosen, self.dtype, self.rng)
-        group.exact = is_exact(matched, chosen, self.dtype, base)
-        tame = is_tame(matched)
+        formats = self._formats(rule, plan, side, ordinary_values)
+        if formats.must_encode:
+            self._check_encodes(match, rule, side, sizes, plan[0][1] if plan else ())
+        base = formats.base_dtype(self.dtype, self.rng)
+        group.exact, group.moved_as = formats.is_exact(self.dtype, base), formats.undecoded
+        variety = self.rng.random()
         for named, shape, codec in plan:
-            group.tensors.append(Logical(named, shape, codec, self._parts(rule, named.name, shape, codec, base, tame)))
+            if formats.must_encode:
+                parts = self._tame_parts(rule, named.name, shape, codec, base)
+            else:
+                # Parts that move undecoded are joined, so they are alike in a group.
+                parts = self._parts(named.name, shape, codec, base, variety if group.moved_as else self.rng.random())
+            group.tensors.append(Logical(named, shape, codec, parts))
         make_copies(self.expansion, group, side)
         return group
 
@@ -170,11 +179,9 @@ class Drawer:
                 except SizeError as err:
                     raise ContradictionError(str(err)) from None
 
-    def _plan(
-        self, match: Match, rule: ir.Rule, side: str, sizes: dict[str, int]
-    ) -> list[tuple[Named, tuple[int, ...], AnyCodec | None]]:
+    def _plan(self, match: Match, rule: ir.Rule, side: str, sizes: dict[str, int]) -> Plan:
         """Name, shape and format of each tensor of a match. Mostly all are in one format, as in real checkpoints."""
-        plan: list[tuple[Named, tuple[int, ...], AnyCodec | None]] = []
+        plan: Plan = []
         repeated = bool(self.expansion.checked.layouts[match.rule].repeated)
         favourite, mixed = self.rng.random(), not repeated and self.rng.random() < 0.3
         for named in self.expansion.names(match, side):
@@ -216,17 +223,43 @@ class Drawer:
 
     # --- tensors ---
 
-    def _parts(
-        self, rule: ir.Rule, key: str, shape: tuple[int, ...], codec: AnyCodec | None, base: torch.dtype, tame: bool
+    def _formats(self, rule: ir.Rule, plan: Plan, side: str, ordinary_values: bool) -> Formats:
+        other = rule.right if side == "left" else rule.left
+        here, across = ([self.expansion.codecs(t) for t in tensors] for tensors in (rule.side(side), other))
+        return Formats(side, [codec for _, _, codec in plan], here, across, ordinary_values or side == "left")
+
+    def _check_encodes(
+        self, match: Match, rule: ir.Rule, side: str, sizes: dict[str, int], own: tuple[int, ...]
+    ) -> None:
+        """The first format of each tensor of the other side must fit its shape."""
+        other = "right" if side == "left" else "left"
+        for place, tensor in enumerate(rule.side(other)):
+            pattern = self.expansion.pattern(match.rule, other, place)
+            shape = own if pattern is None else tuple(size or 0 for size in shape_of(pattern, sizes))
+            codecs = self.expansion.codecs(tensor)
+            if codecs and not fits(codecs[0], shape):
+                raise ContradictionError(f"{codecs[0].name} does not fit the shape {list(shape)}")
+
+    def _tame_parts(
+        self, rule: ir.Rule, key: str, shape: tuple[int, ...], codec: AnyCodec | None, base: torch.dtype
     ) -> dict[str, Tensor]:
+        """A tensor of values that every format of the other side can hold."""
+        kinds = {c.kind for t in (*rule.left, *rule.right) for c in self.expansion.codecs(t)}
+        values = ordinary(self.generator, shape, base, negative="neg_exp" in kinds)
         if codec is None or codec.kind == "raw":
-            if tame:
-                kinds = {c.kind for t in (*rule.left, *rule.right) for c in self.expansion.codecs(t)}
-                return {key: ordinary(self.generator, shape, base, negative="neg_exp" in kinds)}
+            return {key: values}
+        return dict(runtime_codec(codec).encode(key, values).parts)
+
+    def _parts(
+        self, key: str, shape: tuple[int, ...], codec: AnyCodec | None, base: torch.dtype, variety: float
+    ) -> dict[str, Tensor]:
+        """A tensor of random bits in its format; `variety`, from 0 to 1, chooses among the dtypes of its parts."""
+        if codec is None or codec.kind == "raw":
             return {key: random_bits(self.generator, shape, base)}
         parts = {}
         for stored in codec.stored(key, shape):
-            dtype = self.rng.choice([TORCH_DTYPES[name] for name in stored.dtypes] or list(FLOATS))
+            dtypes = [TORCH_DTYPES[name] for name in stored.dtypes] or list(FLOATS)
+            dtype = dtypes[int(variety * len(dtypes))]
             if stored.shape is None:
                 raise ContradictionError(f"{stored.name} has no known shape")
             parts[stored.name] = random_bits(self.generator, stored.shape, dtype)

@@ -9,9 +9,7 @@ import torch
 
 from mapdsl.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from mapdsl.compiler import codecs as compiled
-from mapdsl.compiler import ir
 from mapdsl.compiler.codecs import AnyCodec
-from mapdsl.compiler.expand import Expansion
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.block_scaled import BlockScaled
 from mapdsl.runtime.codecs.values import Add, Cast, NegExp
@@ -23,64 +21,59 @@ _WRITE_DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class RuleFormats:
-    """The formats of a rule as seen from one side: one list a tensor of this side, one a tensor of the other.
+class Formats:
+    """The formats of a match as seen from one side: those chosen here, and the alternatives of each tensor there.
 
-    With `encodes` the other side is written in its first formats, not as it is.
+    With `encodes` the other side is written in its first formats, without as it is where the map allows that.
     """
 
     side: str
+    chosen: list[AnyCodec | None]
     here: list[list[AnyCodec]]
     across: list[list[AnyCodec]]
     encodes: bool
 
-    @classmethod
-    def of(cls, expansion: Expansion, rule: ir.Rule, side: str, encodes: bool) -> RuleFormats:
-        """The formats of a rule."""
-        other = rule.right if side == "left" else rule.left
-        here, across = ([expansion.codecs(t) for t in tensors] for tensors in (rule.side(side), other))
-        return cls(side, here, across, encodes or side == "left")
+    @property
+    def undecoded(self) -> AnyCodec | None:
+        """The format in which payload and companions move as they are: one that both sides have."""
+        first = next((codec for codec in self.chosen if codec is not None and codec.kind != "raw"), None)
+        shared = all(codec == first for codec in self.chosen) and all(first in codecs for codecs in self.across)
+        return first if shared and self.across else None
 
     @property
-    def undecoded(self) -> bool:
-        """Whether both sides have the same formats, so that payload and companions move as they are."""
-        return len(self.here) == 1 and bool(self.here[0]) and self.here == self.across
-
     def must_encode(self) -> bool:
-        """Whether writing the other side encodes values."""
-        return any(c and (self.encodes or all(codec.kind != "raw" for codec in c)) for c in self.across)
+        """Whether writing the other side encodes values, so that they must be such as its formats can hold."""
+        return self.undecoded is None and any(c and (self.encodes or not holds_raw(c)) for c in self.across)
+
+    def base_dtype(self, decoded: torch.dtype, rng: Random) -> torch.dtype:
+        """The dtype of the match's plain tensors: one for all, since they may be joined on the other side."""
+        if self.side == "left" and any(self.across):
+            return _WRITE_DTYPE
+        if any(codec is not None and codec.kind != "raw" for codec in self.chosen) or self.must_encode:
+            return decoded
+        codecs = [codec for tensor in (*self.here, *self.across) for codec in tensor]
+        free = [dtype for dtype in PLAIN_DTYPES if not any(claims(codec, dtype) for codec in codecs)]
+        if not free:
+            raise ContradictionError("no dtype is left for a plain tensor")
+        return rng.choice([*free, *(dtype for dtype in free if dtype in FLOATS)])
+
+    def is_exact(self, decoded: torch.dtype, base: torch.dtype) -> bool:
+        """Whether a trip from this side and back promises every byte."""
+        if self.undecoded is not None and (self.side == "left" or not any(holds_raw(c) for c in self.across)):
+            return True
+        to = decoded if self.side == "left" else _WRITE_DTYPE
+        if any(codec is not None and codec.kind == "cast" and not _holds(to, codec) for codec in self.chosen):
+            return False
+        if self.side == "left":
+            return all(not c or casts_back(c[0], base) for c in self.across)
+        if any(codec is not None and codec.kind != "raw" for codec in self.chosen) or any(self.here):
+            return False
+        return all(not c or holds_raw(c) or casts_back(c[0], base) for c in self.across)
 
 
-def base_dtype(formats: RuleFormats, chosen: list[AnyCodec | None], decoded: torch.dtype, rng: Random) -> torch.dtype:
-    """The dtype of a match's plain tensors: one for all, since they may be joined on the other side."""
-    if formats.side == "left" and any(formats.across):
-        return _WRITE_DTYPE
-    if any(codec is not None and codec.kind != "raw" for codec in chosen) or formats.must_encode():
-        return decoded
-    codecs = [codec for tensor in (*formats.here, *formats.across) for codec in tensor]
-    free = [dtype for dtype in PLAIN_DTYPES if not any(claims(codec, dtype) for codec in codecs)]
-    if not free:
-        raise ContradictionError("no dtype is left for a plain tensor")
-    return rng.choice([*free, *(dtype for dtype in free if dtype in FLOATS)])
-
-
-def is_exact(formats: RuleFormats, chosen: list[AnyCodec | None], decoded: torch.dtype, base: torch.dtype) -> bool:
-    """Whether a trip from this side and back promises every byte, in the formats chosen."""
-    if formats.undecoded:
-        return True
-    to = decoded if formats.side == "left" else _WRITE_DTYPE
-    if any(codec is not None and codec.kind == "cast" and not _holds(to, codec) for codec in chosen):
-        return False
-    if formats.side == "left":
-        return all(not c or casts_back(c[0], base) for c in formats.across)
-    if any(codec is not None and codec.kind != "raw" for codec in chosen):
-        return False
-    return all(not c or any(x.kind == "raw" for x in c) or casts_back(c[0], base) for c in formats.across)
-
-
-def is_tame(formats: RuleFormats) -> bool:
-    """Whether the values must be such that every format of the other side can hold them."""
-    return formats.must_encode()
+def holds_raw(codecs: list[AnyCodec]) -> bool:
+    """Whether a tensor may be stored as it is."""
+    return any(codec.kind == "raw" for codec in codecs)
 
 
 def written(codecs: list[AnyCodec], quantization: bool) -> AnyCodec | None:

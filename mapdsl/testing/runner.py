@@ -157,7 +157,8 @@ class _Shrinker:
         if self.fixed:
             return
         yield from self.small if known else ()
-        yield from _smaller(dict(best.config))
+        sizes = {p for p, f in self.suite.fields.of.items() if f.is_size or f.is_factor or f.is_divisor}
+        yield from _smaller(dict(best.config), sizes)
 
     def _goes_on(self, start: float) -> bool:
         self.tries -= 1
@@ -181,21 +182,21 @@ def _counts(example: Example) -> tuple[int, int]:
     return len(example.left.order), len(example.right.order)
 
 
-def _smaller(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Configs with one field smaller."""
+def _smaller(config: dict[str, Any], sizes: set[str]) -> Iterator[dict[str, Any]]:
+    """Configs with one field smaller; sizes of tensors stay above 0, where another failure may wait."""
     values = flat(config)
     for path, value in values.items():
-        for smaller in _smaller_values(value):
+        for smaller in _smaller_values(value, 1 if path in sizes else 0):
             yield nested({**values, path: smaller})
 
 
-def _smaller_values(value: Any) -> Iterator[Any]:
+def _smaller_values(value: Any, least: int) -> Iterator[Any]:
     match value:
         case bool():
             if value:
                 yield False
         case int():
-            yield from dict.fromkeys(n for n in (0, 1, 2, value // 2, value - 1) if 0 <= n < value)
+            yield from dict.fromkeys(n for n in (0, 1, 2, value // 2, value - 1) if least <= n < value)
         case [*items] if items and len(items) > 1:
             yield items[: len(items) // 2]
             yield items[:-1]

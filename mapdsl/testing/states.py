@@ -12,7 +12,7 @@ from torch import Tensor
 from mapdsl.compiler import ir
 from mapdsl.compiler.codecs import AnyCodec
 from mapdsl.compiler.expand import Expansion, Match, Named
-from mapdsl.testing.formats import runtime_codec, written
+from mapdsl.testing.formats import holds_raw, runtime_codec, written
 from mapdsl.testing.reference import Place
 
 SIDES = ("left", "right")
@@ -49,6 +49,7 @@ class Group:
     """All tensors of one match on one side.
 
     `exact` says whether a trip to the other side and back promises every byte, `kept` whether anything comes back.
+    `moved_as` is the format of which payload and companions move undecoded.
     """
 
     match: Match
@@ -57,6 +58,7 @@ class Group:
     tensors: list[Logical]
     exact: bool = True
     kept: bool = True
+    moved_as: AnyCodec | None = None
 
     @property
     def names(self) -> list[str]:
@@ -99,7 +101,10 @@ def made_names(expansion: Expansion, state: State, *, quantization: bool) -> dic
     for group in state.groups:
         if group.moves():
             for named in expansion.names(group.match, other):
-                codec = written(expansion.codecs(group.rule.side(other)[named.place]), quantization)
+                codecs = expansion.codecs(group.rule.side(other)[named.place])
+                codec = written(codecs, quantization)
+                if group.moved_as is not None and (quantization or not holds_raw(codecs)):
+                    codec = group.moved_as
                 made |= dict.fromkeys([named.name] if codec is None else codec.names(named.name), group)
     ties: list[tuple[str, str]] = []
     for number, rule in enumerate(expansion.map.rules):
