@@ -11,11 +11,11 @@ demo: $(STAMP)
 	$(BIN)/mapdsl demo
 
 test: $(STAMP) lint types check-maps
-	$(BIN)/python -m pytest -q -m "not heavy"
+	$(BIN)/python -m pytest -q -n 2 -m "not heavy"
 
 # Differential tests against installed peers (NeMo Automodel, transformers).
 heavy: $(PEERS)
-	$(BIN)/python -m pytest -q -m heavy
+	$(BIN)/python -m pytest -q -n 2 -m heavy
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -155,7 +155,7 @@ def test_fmt_leaves_a_formatted_file_alone(folder: Path) -> None:
 def test_fmt_check_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fmt", "--check", "good.map", "ugly.map"]) == 1
     assert (folder / "ugly.map").read_text() == UGLY
-    assert capsys.readouterr() == ("", "would format ugly.map\n")
+    assert capsys.readouterr() == ("", "ugly.map: lint[L703]: would be formatted\n")
 
 
 def test_fmt_diff_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -323,14 +323,9 @@ def _index_in(expr: tree.Expr, resolved: ir.Map) -> str | None:
 
 def _offset(expr: tree.Expr, index: str, values: Mapping[str, Any]) -> int | None:
     """What a hole adds to its index, if it is the index plus something known."""
-    match expr:
-        case tree.Name(path=path) if path == index:
-            return 0
-        case tree.Operation(operator="+", operands=operands):
-            others = [o for o in operands if not (isinstance(o, tree.Name) and o.path == index)]
-            if len(others) == len(operands) - 1:
-                return int(sum(evaluate(other, values) for other in others))
-    return None
+    parts = ir.summands(expr)
+    others = [part for part in parts if not (isinstance(part, tree.Name) and part.path == index)]
+    return sum(int(evaluate(other, values)) for other in others) if len(others) == len(parts) - 1 else None
 
 
 def _filled(pattern: Pattern, values: Mapping[str, Any], texts: Mapping[str, str]) -> str:

@@ -168,3 +168,10 @@ def axes_of(shape: tree.Shape) -> Iterator[tree.Axis]:
                 yield axis
             case tree.Sum(terms=parts) | tree.Product(factors=parts):
                 pending += reversed(parts)
+
+
+def summands(value: tree.Expr) -> tuple[tree.Expr, ...]:
+    """The operands of a sum, those of the sums in it too; of anything else it alone."""
+    if isinstance(value, tree.Operation) and value.operator == "+":
+        return tuple(part for operand in value.operands for part in summands(operand))
+    return (value,)

@@ -111,11 +111,10 @@ class WildHead:
 
 def offset_of(value: tree.Expr, index: str) -> tree.Expr | None:
     """What is added to an index in a hole: `L` of `{L+x}`."""
-    match value:
-        case tree.Operation(operator="+", operands=operands):
-            others = tuple(o for o in operands if not (isinstance(o, tree.Name) and o.path == index))
-            return others[0] if len(others) == 1 else replace(value, operands=others)
-    return None
+    others = tuple(o for o in ir.summands(value) if not (isinstance(o, tree.Name) and o.path == index))
+    if len(others) < 2:
+        return others[0] if others else None
+    return tree.Operation("+", others, span=value.span)
 
 
 def _tuple(items: list[Code]) -> Bracketed:
