@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 $(PEERS): $(STAMP) constraints.txt
-	$(BIN)/python -m pip install -q -c constraints.txt transformers
+	$(BIN)/python -m pip install -q -c constraints.txt transformers pillow
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt nemo-automodel
 	touch $@
 

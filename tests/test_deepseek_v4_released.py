@@ -107,7 +107,7 @@ def test_the_listing_holds_what_the_map_promises(deepseek: mapdsl.Map, released:
         ("layers.9.attn.wq_b.scale", {"shape": (8, 256)}, "C503"),
         ("layers.42.attn.indexer.wq_b.weight", {"shape": (1024, 8192)}, "C503"),
         ("mtp.0.ffn.experts.0.w3.weight", {"shape": (2048, 1024)}, "C503"),
-        ("layers.9.attn.wq_b.scale", {"dtype": "BF16"}, "C504"),
+        ("layers.9.attn.wq_b.scale", {"dtype": "U8"}, "C504"),
     ],
 )
 def test_one_wrong_tensor_among_all_is_found(

@@ -148,16 +148,28 @@ class _Checker:
             self.found.append(Diagnostic("K207", message, (rule.span,), help="name them: `{n:..}` on both sides"))
 
     def _open_ranges(self, rule: ir.Rule) -> None:
-        """An index without an upper bound names no finite set, so it may only be dropped."""
-        if rule.arrow != "<->" and not (rule.left and rule.right):
-            return
+        """An index without an upper bound names no finite set, so it may only be dropped, and is read off its name."""
+        is_dropped = rule.arrow != "<->" and not (rule.left and rule.right)
         for side in rule.sides:
             for tensor in side:
+                for part in tensor.template.parts:
+                    if isinstance(part, tree.NumberHole):
+                        self._open_hole(part.value)
                 for name in name_axes(tensor.template, self.map.indices):
                     index = self.map.indices.get(name)
-                    if index is not None and index.upper is None:
+                    if index is not None and index.upper is None and not is_dropped:
                         message = f"`{name}` has no upper bound, so it may stand only in what is dropped"
                         self.found.append(Diagnostic("N112", message, (tensor.span, index.span)))
+
+    def _open_hole(self, value: tree.Expr) -> None:
+        for name in ir.names_in(value):
+            if name in self.map.indices and self.map.indices[name].upper is None:
+                parts = ir.summands(value)
+                rest = [part for part in parts if not (isinstance(part, tree.Name) and part.path == name)]
+                if len(rest) != len(parts) - 1 or any(n in self.map.indices for p in rest for n in ir.names_in(p)):
+                    message = f"`{name}` has no upper bound, so a hole may only add a number or a param to it"
+                    self.found.append(Diagnostic("N112", message, (value.span,)))
+                    return
 
     def _meshes(self) -> None:
         """An axis is cut over one mesh dimension."""
@@ -195,7 +207,7 @@ class _Checker:
         for hole in holes:
             if _is_table(hole.value, self.map):
                 continue  # the numbers of an index table are looked at when the config is read
-            facts = [tree.Operation("<", (hole.value, tree.Number(0, span=hole.span)), span=hole.span)]
+            facts: list[tree.Expr] = [tree.Operation("<", (hole.value, tree.Number(0, span=hole.span)), span=hole.span)]
             verdict = decide(self.scope, facts + ([guard] if guard else []), indices_of(pattern, self.map))
             if verdict.status == "open":
                 shown = ", ".join(f"{name} = {value}" for name, value in verdict.witness)
@@ -211,6 +223,7 @@ class _Checker:
             for n in used
         ]
         facts.append(differ[0] if len(differ) == 1 else tree.Operation("or", tuple(differ), span=template.span))
+        facts += [guard, rename(guard, primed)] if guard else []
         verdict = decide(self.scope, facts, [*used, *primed.values()])
         if verdict.status == "open":
             message = "two values of the indices spell the same name"
@@ -235,7 +248,7 @@ class _Checker:
                     verdict = collisions.meet(accept.guard, guard, equations, old, pattern)
                     if verdict.status == "open":
                         message = "an accepted spelling is read by another rule too"
-                        note = witness(verdict, old)
+                        note = witness(verdict, old, pattern)
                         self.found.append(Diagnostic("K201", message, (accept.span, span), witness=note))
                         break
                 done.append((accept, old))

@@ -170,7 +170,7 @@ class Collisions:
             hint = f"{message}? {verdict.tried}"
             self.found.append(Diagnostic("K290", hint, spans, help="not proved: the guards leave linear arithmetic"))
         else:
-            self.found.append(Diagnostic(code, message, spans, witness=witness(verdict, one.pattern)))
+            self.found.append(Diagnostic(code, message, spans, witness=witness(verdict, one.pattern, other.pattern)))
         return True
 
     def meet(
@@ -195,11 +195,35 @@ def indices_of(pattern: Pattern, resolved: ir.Map) -> list[str]:
     return list(dict.fromkeys(name for name in names if name in resolved.indices))
 
 
-def witness(verdict: Verdict, pattern: Pattern) -> str:
-    """`L = 1, M = 1: layers.1.norm`: the smallest config and the name that both read."""
+def witness(verdict: Verdict, one: Pattern, other: Pattern | None = None) -> str:
+    """`L = 1, M = 1: layers.1.norm`: the smallest config, the other's indices primed, and the name that both read."""
     config = ", ".join(f"{name} = {_shown(value)}" for name, value in verdict.witness)
-    name = spell(pattern, dict(verdict.model))
+    values = dict(verdict.model)
+    name = spell(one, values) if other is None else _spell_both(one, other, values)
     return f"{config}: {name}" if config else name
+
+
+def _spell_both(one: Pattern, other: Pattern, values: dict[str, object]) -> str:
+    """A name that both patterns read: where one has a wildcard, what the other says."""
+    primed = {name: values.get(name + PRIME, value) for name, value in values.items() if not name.endswith(PRIME)}
+    primed |= {name.removesuffix(PRIME): value for name, value in values.items() if name.endswith(PRIME)}
+    # Both may stretch: then a name as long as both together fits them.
+    fixed = [len(p.segments) for p in (one, other) if not any(isinstance(s, Wildcard) and s.many for s in p.segments)]
+    length = min(fixed, default=len(one.segments) + len(other.segments))
+    segments = []
+    for mine, theirs in zip(_stretched(one, length), _stretched(other, length), strict=True):
+        wild = isinstance(mine, Wildcard)
+        segments.append(spell(Pattern((theirs if wild else mine,), {}), primed if wild else values))
+    return ".".join(segments)
+
+
+def _stretched(pattern: Pattern, length: int) -> list[Segment]:
+    """The segments of a pattern with its `{..}` as long as the name is to be."""
+    out: list[Segment] = []
+    for segment in pattern.segments:
+        many = isinstance(segment, Wildcard) and segment.many
+        out += [segment] * (length - len(pattern.segments) + 1 if many else 1)
+    return out
 
 
 def _shown(value: object) -> str:
@@ -216,11 +240,18 @@ def spell(pattern: Pattern, values: dict[str, object], texts: dict[str, str] | N
         tokens = []
         for token in segment:
             try:
-                tokens.append(token if isinstance(token, str) else str(evaluate(token.value, values)))
+                tokens.append(token if isinstance(token, str) else str(evaluate(token.value, _Free(values))))
             except EvaluationError:
                 tokens.append("?")
         segments.append("".join(tokens))
     return ".".join(segments)
+
+
+class _Free(dict[str, object]):
+    """Values of a model: a name that the model leaves open may be anything, so it is 0."""
+
+    def get(self, name: str, default: object = 0) -> object:
+        return super().get(name, default)
 
 
 def _candidates(entries: list[Entry]) -> Iterator[tuple[Entry, Entry]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,21 +21,26 @@ from mapdsl.emit.layout import INDENT, WIDTH
 
 @dataclass
 class Module:
-    """One module: what it imports from the runtime and from elsewhere, its docstring, and its code without imports."""
+    """One module: what it needs of the runtime, what it imports from elsewhere, its definitions, and the lines left."""
 
     name: str
     title: str
     needs: list[str]
     imports: list[ast.Import | ast.ImportFrom]
-    code: str
-    defines: set[str] = field(default_factory=set)
+    definitions: dict[str, ast.stmt]
+    lines: Lines
+
+    @property
+    def code(self) -> str:
+        """Its code without imports and docstring."""
+        return self.lines.text()
 
 
 def standalone_source(checked: Checked, command: str = "mapdsl compile --standalone") -> str:
     """The source of an adapter of which torch and the standard library are all that it imports."""
     adapter = _module("adapter", adapter_source(checked, command))
     modules = list(_in_order(adapter.needs, {}))
-    _refuse_clashes([*modules, adapter])
+    _unite([*modules, adapter])
     text = (
         environment()
         .get_template("standalone.py.jinja")
@@ -74,7 +79,7 @@ def _module(name: str, source: str) -> Module:
     title = ast.get_docstring(parsed, clean=False) or ""
     needs: list[str] = []
     imports: list[ast.Import | ast.ImportFrom] = []
-    cut = _Lines(source)
+    cut = Lines(source)
     for number, node in enumerate(parsed.body):
         if number == 0 and title:
             cut.remove(node)
@@ -89,11 +94,11 @@ def _module(name: str, source: str) -> Module:
         if isinstance(part, ast.ImportFrom) and is_inner and _is_ours(part) and not cut.holds(part):
             _sort_import(part, needs, [])
             cut.remove(part)
-    defines = {word for node in parsed.body for word in _assigned(node)} - {"__all__"}
-    return Module(name, title, list(dict.fromkeys(needs)), imports, cut.text(), defines)
+    definitions = {word: node for node in parsed.body for word in _assigned(node) if word != "__all__"}
+    return Module(name, title, list(dict.fromkeys(needs)), imports, definitions, cut)
 
 
-class _Lines:
+class Lines:
     """The lines of a source, some of them taken out. A comment above what is taken out goes with it."""
 
     def __init__(self, source: str) -> None:
@@ -101,7 +106,11 @@ class _Lines:
         self.gone: set[int] = set()
 
     def remove(self, node: ast.stmt) -> None:
-        self.gone |= set(range(node.lineno - 1, node.end_lineno or node.lineno))
+        """Take out the lines of a statement."""
+        first = node.lineno - 1
+        while first and self.lines[first - 1].lstrip().startswith("#"):
+            first -= 1
+        self.gone |= set(range(first, node.end_lineno or node.lineno))
 
     def holds(self, node: ast.stmt) -> bool:
         """Whether it is out already."""
@@ -151,13 +160,20 @@ def _assigned(node: ast.stmt) -> set[str]:
     return set()
 
 
-def _refuse_clashes(modules: list[Module]) -> None:
-    """Two modules with one name would overwrite each other: no such runtime is ever compiled in."""
-    homes: dict[str, str] = {}
+def _unite(modules: list[Module]) -> None:
+    """One name has one meaning: a definition that stands word for word in two modules is taken once.
+
+    Two meanings of one name are a defect of the runtime, that a test of every shipped map would show.
+    """
+    homes: dict[str, Module] = {}
     for module in modules:
-        for name in sorted(module.defines):
-            if homes.setdefault(name, module.name) != module.name:
-                raise AssertionError(f"{name} is defined in {homes[name]} and in {module.name}; one needs another name")
+        for name, node in module.definitions.items():
+            home = homes.setdefault(name, module)
+            if home is module:
+                continue
+            if ast.unparse(home.definitions[name]) != ast.unparse(node):
+                raise AssertionError(f"{name} is defined in {home.name} and in {module.name}; one needs another name")
+            module.lines.remove(node)
 
 
 def _import_lines(modules: list[Module]) -> list[str]:
@@ -172,6 +188,7 @@ def _import_lines(modules: list[Module]) -> list[str]:
                 members.setdefault(node.module or "", set()).update(alias.name for alias in node.names)
     members.pop("__future__", None)
     members.get("typing", set()).discard("TYPE_CHECKING")
+    members = {name: words for name, words in members.items() if words}
     lines = {f"import {name}": name for name in sorted(plain)}
     for name, words in sorted(members.items()):
         lines[_from_import(name, sorted(words, key=_order))] = name

@@ -11,6 +11,7 @@ from mapdsl.compiler.fields import Field, fields_of
 from mapdsl.emit.adapter import environment
 from mapdsl.emit.expressions import quoted
 from mapdsl.emit.layout import Bracketed, Code, call, lines
+from mapdsl.emit.params import file_name
 from mapdsl.resources import shipped_maps
 
 # Sizes of axes: distinct primes show a transpose; packed formats need even ones.
@@ -44,7 +45,7 @@ def tests_source(
             name=resolved.name,
             left=resolved.left,
             right=resolved.right,
-            source=resolved.file.source.path.replace("\\", "/").rpartition("/")[2],
+            source=file_name(resolved.file.source.path),
             digest=hashlib.sha256(resolved.file.source.text.encode()).hexdigest()[:16],
             command=command,
             uses_here=any("HERE" in place for place in places),

@@ -286,8 +286,10 @@ class Index(Node):
 
 @dataclass(frozen=True)
 class Argument(Node):
-    """An argument of a codec: `name=value`, or by position. A value is an alternation of words (`f8e8m0|f32`, `128x128`,
-    `flat`), a string, or a number."""
+    """An argument of a codec: `name=value`, or by position.
+
+    A value is an alternation of words (`f8e8m0|f32`, `128x128`, `flat`), a string, or a number.
+    """
 
     name: str | None
     value: tuple[str, ...] | str | int | float

@@ -138,6 +138,7 @@ def _solve(polynomial: Polynomial, size: int, axis: str, sizes: Mapping[str, int
 
 
 def _context(pattern: str, shape: Sequence[int], known: Mapping[str, int]) -> str:
-    mentioned = [f"{axis}={known[axis]}" for axis in dict.fromkeys(re.findall(r"[A-Za-z_]\w*", pattern)) if axis in known]
+    axes = dict.fromkeys(re.findall(r"[A-Za-z_]\w*", pattern))
+    mentioned = [f"{axis}={known[axis]}" for axis in axes if axis in known]
     given = f" with {', '.join(mentioned)}" if mentioned else ""
     return f"[{pattern}] against {list(shape)}{given}"

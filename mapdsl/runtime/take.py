@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import NamedTuple, Union, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ AS_IS: Alternatives = (RAW,)
 NOT_AT_ALL: Alternatives = ()
 
 # The names of one operand of a rule, the pattern of their shape, and how they are stored (as they are, if not said).
-Names = Union[str, Iterable[str]]
-Operand = Union["tuple[Names, str]", "tuple[Names, str, Alternatives]"]
+Names = str | Iterable[str]
+Operand = tuple[Names, str] | tuple[Names, str, Alternatives]
 
 # A state with fewer tensors than this asks for no more groups that are not there: the config is out of its mind.
 MAX_ABSENT = 10_000_000
@@ -142,7 +142,10 @@ class Take(StateNames):
             if codec is not member.moved:
                 found = f"{name} is stored as {codec.name}, the rest of its group as {member.moved.name}"
                 raise ConversionError("R606", found)
-            tensor = cast(Tensor, Undecoded(codec, tuple(self._take(part) for part in codec.names(name))))
+            parts = {part: self._take(part) for part in codec.names(name)}
+            # Without data, decoding is just the check that payload and companions belong together.
+            codec.decode(name, {part: stored.to("meta") for part, stored in parts.items()}, self.dtype)
+            tensor = cast(Tensor, Undecoded(codec, tuple(parts.values())))
             self.entries[name] = (codec.name, None)
         elif isinstance(codec, Raw):
             tensor = self._take(name)

@@ -183,7 +183,9 @@ class Drawer:
         """Name, shape and format of each tensor of a match. Mostly all are in one format, as in real checkpoints."""
         plan: Plan = []
         repeated = bool(self.expansion.checked.layouts[match.rule].repeated)
-        favourite, mixed = self.rng.random(), not repeated and self.rng.random() < 0.3
+        across = [self.expansion.codecs(t) for t in (rule.right if side == "left" else rule.left)]
+        joined_as_stored = side == "left" and any(across)
+        favourite, mixed = self.rng.random(), not (repeated or joined_as_stored) and self.rng.random() < 0.3
         for named in self.expansion.names(match, side):
             codecs = self.expansion.codecs(rule.side(side)[named.place])
             shape = self._shape(match.rule, side, named.place, sizes, codecs)

@@ -84,8 +84,7 @@ def encoded_anew(example: Example) -> None:
     makers = made_names(example.expansion, state, quantization=True)
     _same_names(stored, makers, "writing quantised")
     for key in example.expansion.keys("left"):
-        maker = makers.get(key.name)
-        if maker is not None and maker.moved_as is not None:
+        if key.name not in stored or ((maker := makers[key.name]) is not None and maker.moved_as is not None):
             continue  # it keeps the format that it has on the right
         tensor = stored[key.name]
         if key.shape is not None and None not in key.shape and tuple(tensor.shape) != key.shape:

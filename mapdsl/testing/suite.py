@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import linecache
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -188,10 +189,11 @@ def load_suite(
     tested = load(path)
     if adapter is None:
         return Suite(tested, params=params)
-    spec = importlib.util.spec_from_file_location(Path(adapter).stem, adapter)
+    spec = importlib.util.spec_from_file_location(f"mapdsl_tested_{Path(adapter).stem}", adapter)
     if spec is None or spec.loader is None or not Path(adapter).is_file():
         raise error("C507", f"there is no adapter module {Path(adapter)}; compile it with `mapdsl compile -o`")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     name = class_name(tested.checked.map.name)
     if not hasattr(module, name):

@@ -164,10 +164,10 @@ class Reference:
         elses = [match for match in self._matches() if _is_wild(match.rule, self.map)]
         foreign = self._named(1 - source)
         for name in list(left_over):
-            readings = [(m, p, r) for m in elses for p in self._else_patterns(m, source) if (r := self._reads(p, m, name))]
-            best = [
-                (m, p, r) for m, p, r in readings if not any(is_narrower(q, p) for _, q, _ in readings)
+            readings = [
+                (m, p, r) for m in elses for p in self._else_patterns(m, source) if (r := self._reads(p, m, name))
             ]
+            best = [(m, p, r) for m, p, r in readings if not any(is_narrower(q, p) for _, q, _ in readings)]
             if not best or name in named:
                 continue
             match, _, texts = best[0]
@@ -177,7 +177,10 @@ class Reference:
             for target in match.rule.sides[1 - source]:
                 image = self._spell(target.template, match.values, texts)
                 rivals = [
-                    q for m in elses for q in self._else_patterns(m, 1 - source) if m is not match and self._reads(q, m, image)
+                    q
+                    for m in elses
+                    for q in self._else_patterns(m, 1 - source)
+                    if m is not match and self._reads(q, m, image)
                 ]
                 mine = self._else_patterns(match, 1 - source)[0]
                 if image in foreign or image in made or any(is_narrower(q, mine) for q in rivals):
@@ -314,7 +317,9 @@ class Reference:
 
     # --- sizes ---
 
-    def _sizes(self, match: Match, tensors: list[tuple[tree.Shape, tuple[int, ...]]], free: Mapping[str, int]) -> Values:
+    def _sizes(
+        self, match: Match, tensors: list[tuple[tree.Shape, tuple[int, ...]]], free: Mapping[str, int]
+    ) -> Values:
         """The size of every axis of a rule: known ones, and those of the tensors at hand by trying."""
         sizes: Values = dict(free)
         for name, value in self.values.items():
@@ -396,7 +401,7 @@ def _move_piece(
         for axis in piece.axes:
             name = axis.rstrip("'")
             axes.setdefault(axis, range(int(name) if name.isdigit() else sizes[name]))
-    starts = {a: 0 for a in axes}
+    starts = dict.fromkeys(axes, 0)
     for axis in axes:
         if axis in reference.map.indices and any(axis in absorbed for *_, absorbed in ends):
             starts[axis] = axes[axis].start

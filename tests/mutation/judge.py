@@ -62,6 +62,8 @@ def cases() -> list[Case]:
     no_shared = {name: value for name, value in bare.items() if name != "n_shared_experts"}
     unquantised = Storage("raw", "raw", seed=1)
     in_words = tiny_config(**TRANSFORMERS)
+    heavy = tiny_config(num_hidden_layers=2, num_nextn_predict_layers=None, compress_ratios=[0, 128])
+    unknown = {name: {name: torch.ones(2)} for name in ("vision.x", "aligner.x", "mtp.0.x", "layers.4.x")}
     return [
         Case(plain, checkpoint(plain, Storage(wild=True))),
         Case(TWO_MTP, checkpoint(TWO_MTP, unquantised)),
@@ -83,6 +85,8 @@ def cases() -> list[Case]:
         Case(bare, checkpoint(bare, unquantised)),
         Case(no_shared, checkpoint(bare, unquantised)),
         Case(in_words, checkpoint(plain, unquantised)),
+        Case(heavy, checkpoint(heavy, unquantised)),
+        *(Case(plain, checkpoint(plain, unquantised) | more) for more in unknown.values()),
     ]
 
 

@@ -1,0 +1,382 @@
+"""States and configs that do not fit: each gets its code, and names the tensor and the rule; nothing hangs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mapdsl.map import load
+from mapdsl.runtime.errors import ConversionError
+from tests.helpers.execution import assert_same, map_of
+
+ZEROS = torch.zeros
+
+
+def refused(text: str, config: dict[str, Any], left: dict[str, Any] | None = None, right: Any = None, **params: Any):
+    """The error of reading `left`, or writing `right`, or of making the adapter."""
+    with pytest.raises(ConversionError) as caught:
+        adapter = map_of(text).adapter(config, **params)
+        if left is not None:
+            adapter.read(left)
+        if right is not None:
+            adapter.write(right)
+    assert "\n" not in caught.value.message
+    return caught.value
+
+
+EXPERTS = "param E\nindex e < E\nexperts.{e}.w [f d] <-> stacked [e d f]\nnorm <-> ln\n"
+
+
+def experts(**changes: Any) -> dict[str, Any]:
+    state = {f"experts.{e}.w": ZEROS(3, 5) for e in range(3)} | {"norm": ZEROS(2)}
+    return {k: v for k, v in (state | changes).items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "words"),
+    [
+        (experts(**{"experts.1.w": None}), "R605", ["1 of 3", "experts.1.w"]),
+        (experts(norm=None), "R605", ["norm is missing"]),
+        (experts(more=ZEROS(1)), "R603", ["more"]),
+        (experts(**{"experts.3.w": ZEROS(3, 5)}), "R603", ["experts.3.w"]),
+        (experts(**{"experts.01.w": ZEROS(3, 5)}), "R603", ["experts.01.w"]),
+        (experts(**{"experts.2.w": ZEROS(5, 3)}), "R606", ["experts.2.w", "[3, 5]", "[5, 3]"]),
+        (experts(**{"experts.2.w": ZEROS(15)}), "R606", ["experts.2.w", "dimensions"]),
+        (experts(**{"experts.1.w": ZEROS(3, 5, dtype=torch.int32)}), "R606", ["experts.1.w", "float32", "int32"]),
+    ],
+)
+def test_states_that_do_not_fit(state: dict[str, Any], code: str, words: list[str]) -> None:
+    found = refused(EXPERTS, {"E": 3}, left=state)
+    assert found.code == code
+    assert all(word in found.message for word in words), found.message
+
+
+def test_errors_name_the_rule_at_work() -> None:
+    found = refused(EXPERTS, {"E": 3}, left=experts(**{"experts.2.w": ZEROS(5, 3)}))
+    assert found.rule == "4: experts.{e}.w [f d] <-> stacked [e d f]"
+    assert str(found).endswith("rule: 4: experts.{e}.w [f d] <-> stacked [e d f]")
+    found = refused(EXPERTS, {"E": 3}, right={"stacked": ZEROS(4, 5, 3), "ln": ZEROS(2)})
+    assert found.code == "R606"
+    assert found.rule.startswith("4: ")
+    assert "rule:" not in str(refused(EXPERTS, {"E": 3}, left=experts(more=ZEROS(1))))
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 3), (3, 5), (3, 5, 3, 1)])
+def test_a_whole_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
+    assert refused(EXPERTS, {"E": 3}, right={"stacked": ZEROS(*shape), "ln": ZEROS(2)}).code == "R606"
+
+
+def test_sizes_that_do_not_divide() -> None:
+    text = "param h\nqkv [(h c)] <-> x [h c]\n"
+    assert refused(text, {"h": 3}, left={"qkv": ZEROS(10)}).code == "X305"
+
+
+def test_sizes_that_operands_disagree_on() -> None:
+    text = "q [(2 c) d] + k [c d] <-> qk [(2 c + c) d]\n"
+    found = refused(text, {}, left={"q": ZEROS(6, 5), "k": ZEROS(4, 5)})
+    assert found.code == "R606"
+    found = refused(text, {}, left={"q": ZEROS(6, 5), "k": ZEROS(3, 7)})
+    assert found.code == "R606"
+    assert "k" in found.message
+
+
+def test_copies_that_differ() -> None:
+    text = "{repeat j:a|b}.A [x d] <-> A [d x]\n"
+    left = {"a.A": ZEROS(2, 3), "b.A": ZEROS(2, 3)}
+    left["b.A"][1, 2] = -0.0
+    found = refused(text, {}, left=left)
+    assert found.code == "R602"
+    assert "b.A" in found.message
+    assert "[2, 1]" in found.message or "[1, 2]" in found.message
+
+
+def test_copies_in_a_shape_that_differ() -> None:
+    text = "param R\nparam g\nindex r < R\nk [(g repeat r c)] <-> kk [g c]\n"
+    left = {"k": torch.arange(12.0)}
+    assert refused(text, {"R": 3, "g": 2}, left=left).code == "R602"
+    left = {"k": torch.tensor([0.0, 1, 0, 1, 2, 3, 2, 3])}
+    assert map_of(text).adapter({"R": 2, "g": 2}).read(left)["kk"].tolist() == [[0, 1], [2, 3]]
+
+
+def test_constants_and_ties_that_differ() -> None:
+    text = "param d\n_ <-> b [d] = 0\nw <-> w\n_ <-> head = w\n"
+    right = {"b": ZEROS(3), "w": torch.ones(2), "head": torch.ones(2)}
+    adapter = map_of(text).adapter({"d": 3})
+    assert set(adapter.write(right)) == {"w"}
+    found = refused(text, {"d": 3}, right=right | {"b": torch.tensor([0, 0, -0.0])})
+    assert found.code == "R601"
+    assert "[2]" in found.message
+    assert refused(text, {"d": 3}, right=right | {"b": ZEROS(2)}).code == "R606"
+    assert refused(text, {"d": 3}, right=right | {"head": ZEROS(2)}).code == "R601"
+    assert refused(text, {"d": 3}, right=right | {"head": torch.ones(3)}).code == "R601"
+    assert refused(text, {"d": 3}, right={"b": ZEROS(3), "w": torch.ones(2)}).code == "R605"
+
+
+def test_names_that_wildcards_must_not_carry() -> None:
+    text = "a.weight <-> b.weight optional\n{..} <-> {..} else\n"
+    adapter = map_of(text).adapter({})
+    assert set(adapter.read({"a.weight": ZEROS(1), "x": ZEROS(1)})) == {"b.weight", "x"}
+    found = refused(text, {}, left={"b.weight": ZEROS(1)})
+    assert (found.code, "b.weight" in found.message) == ("R603", True)
+    found = refused(text, {}, right={"a.weight": ZEROS(1)})
+    assert (found.code, "a.weight" in found.message) == ("R603", True)
+
+
+def test_names_whose_guard_does_not_hold_are_shut_out() -> None:
+    text = "param L\nparam on\nindex i < L\nl.{i}.bias <-> m.{i}.bias where on and i > 0\n{..} <-> x.{..} else\n"
+    adapter = map_of(text).adapter({"L": 2, "on": False})
+    assert set(adapter.read({"l.2.bias": ZEROS(1), "y": ZEROS(1)})) == {"x.l.2.bias", "x.y"}
+    assert refused(text, {"L": 2, "on": False}, left={"l.1.bias": ZEROS(1)}).code == "R603"
+    assert refused(text, {"L": 2, "on": True}, left={"l.0.bias": ZEROS(1), "l.1.bias": ZEROS(1)}).code == "R603"
+
+
+def test_narrower_wildcards_keep_their_names_on_both_sides() -> None:
+    text = "param M\nmtp.{..} -> _ else where M == 0\na.{..} <-> b.{..} else\n{..} <-> {..} else\n"
+    assert set(map_of(text).adapter({"M": 0}).read({"mtp.x": ZEROS(1), "y": ZEROS(1)})) == {"y"}
+    assert refused(text, {"M": 1}, left={"mtp.x": ZEROS(1)}).code == "R603"
+    assert refused(text, {"M": 0}, left={"b.x": ZEROS(1)}).code == "R603"
+    assert refused(text, {"M": 0}, right={"mtp.x": ZEROS(1)}).code == "R603"
+
+
+def test_wildcards_of_one_segment_are_named_too() -> None:
+    text = "param on\nold.{*}.w <-> new.{*} where on\n{..} <-> {..} else\n"
+    assert set(map_of(text).adapter({"on": True}).read({"old.x.w": ZEROS(1), "z.w": ZEROS(1)})) == {"new.x", "z.w"}
+    assert refused(text, {"on": True}, left={"new.x": ZEROS(1)}).code == "R603"
+    assert refused(text, {"on": False}, left={"old.x.w": ZEROS(1)}).code == "R603"
+
+
+def test_one_tensor_under_two_spellings() -> None:
+    text = "a <-> b\naccept old for a\n"
+    found = refused(text, {}, left={"a": ZEROS(1), "old": ZEROS(1)})
+    assert (found.code, "old" in found.message) == ("C506", True)
+
+
+def test_a_respelled_name_is_not_respelled_again() -> None:
+    text = "b.{n:*} <-> right.{n:*}\nc.{n:*} <-> other.{n:*}\naccept a.{..} for b.{..}\naccept b.x.{..} for c.{..}\n"
+    adapter = map_of(text).adapter({})
+    assert set(adapter.read({"a.k": ZEROS(1), "b.x.k": ZEROS(1)})) == {"right.k", "other.k"}
+    found = refused(text, {}, left={"a.x.k": ZEROS(1)})
+    assert (found.code, "a.x.k" in found.message) == ("R603", True)
+
+
+def test_partial_states() -> None:
+    adapter = map_of(EXPERTS).adapter({"E": 3})
+    assert set(adapter.read({"norm": ZEROS(2)}, partial=True)) == {"ln"}
+    assert adapter.read({}, partial=True) == {}
+    with pytest.raises(ConversionError, match="R605"):
+        adapter.read({"experts.0.w": ZEROS(3, 5)}, partial=True)
+    assert [name for name, _ in adapter.write_one("ln", ZEROS(2))] == ["norm"]
+    assert [name for name, _ in adapter.write_one("stacked", ZEROS(3, 5, 3))] == [f"experts.{e}.w" for e in range(3)]
+    with pytest.raises(ConversionError, match="R603"):
+        adapter.write_one("unknown", ZEROS(1))
+
+
+def test_one_tied_tensor_alone() -> None:
+    adapter = map_of("w <-> w\n_ <-> head = w\n").adapter({})
+    assert [name for name, _ in adapter.write_one("w", ZEROS(2))] == ["w"]
+    with pytest.raises(ConversionError, match="R605"):
+        adapter.write_one("head", ZEROS(2))
+
+
+def test_no_experts_is_no_tensor_on_either_side() -> None:
+    adapter = map_of(EXPERTS).adapter({"E": 0})
+    assert set(adapter.read({"norm": ZEROS(2)})) == {"ln"}
+    assert set(adapter.write({"ln": ZEROS(2)})) == {"norm"}
+    assert set(adapter.write({"ln": ZEROS(2), "stacked": ZEROS(0, 5, 3)})) == {"norm"}
+    assert set(adapter.right_keys()) == {"ln"}
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+CONFIG = (
+    "param L\nparam ratios\nparam kinds\nparam tie\nparam P\nindex i < L\n"
+    'a.{i} <-> b.{i} where ratios[i] > 0\nc.{i} <-> d.{i} where kinds[i] == "x"\n'
+    "t <-> t where tie\ne.{i} [L] <-> f.{i} where i % P == 0\n"
+)
+GOOD = {"L": 2, "ratios": [1, 0], "kinds": ["x", "y"], "tie": False, "P": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "word"),
+    [
+        ({"L": None}, "N115", "`L`"),
+        ({"L": "two"}, "N118", "`L`"),
+        ({"L": True}, "N118", "`L`"),
+        ({"L": 2.0}, "N118", "`L`"),
+        ({"L": -1}, "C505", "`L`"),
+        ({"L": 10**9}, "C505", "`L`"),
+        ({"L": 10**5000}, "C505", "`L`"),
+        ({"ratios": 3}, "N118", "`ratios`"),
+        ({"ratios": [1, "4"]}, "N118", "ratios[1]"),
+        ({"ratios": [1]}, "C505", "`ratios` has 1 elements"),
+        ({"ratios": [1, None]}, "C505", "ratios[1]"),
+        ({"kinds": []}, "C505", "`kinds` has 0 elements"),
+        ({"kinds": {"0": 1}}, "C505", "`kinds`"),
+        ({"tie": 1}, "N118", "`tie`"),
+        ({"tie": "no"}, "N118", "`tie`"),
+        ({"P": 0}, "C505", "divides"),
+        ({"P": float("nan")}, "C505", "`P`"),
+    ],
+)
+def test_configs_that_make_no_sense(change: dict[str, Any], code: str, word: str) -> None:
+    assert set(map_of(CONFIG).adapter(GOOD).right_keys()) == {"b.0", "d.0", "f.0"}
+    config = {k: v for k, v in (GOOD | change).items() if v is not None}
+    started = time.monotonic()
+    left = {"a.0": ZEROS(1), "c.0": ZEROS(1), "e.0": ZEROS(2)}
+    found = refused(CONFIG, config, left=left)
+    assert (found.code, word in found.message) == (code, True), str(found)
+    assert len(found.message) < 300
+    assert time.monotonic() - started < 5
+
+
+def test_lists_never_wrap() -> None:
+    text = "param L\nparam x\nindex i < L\na.{i} <-> b.{i} where x[i - 1] == 1\n"
+    assert refused(text, {"L": 1, "x": [0, 1]}, left={"a.0": ZEROS(1)}).code == "C505"
+
+
+TABLE = "param A\nindex a < len(A)\nx.{a} <-> y.{A[a]}\n"
+
+
+@pytest.mark.parametrize("table", [[1, 1], ["a"], [-1], [1.5], [True], "12", [None]])
+def test_index_tables_that_are_none(table: Any) -> None:
+    assert refused(TABLE, {"A": table}).code in ("N118", "C505")
+
+
+def test_absurd_sizes_end_soon() -> None:
+    started = time.monotonic()
+    assert refused(EXPERTS, {"E": 10**9}, left={}).code == "C505"
+    assert refused(EXPERTS, {"E": 10**5}, left={}).code == "R605"
+    product = "param P\nparam Q\nindex e < P * Q\nx.{e} [d] <-> y [e d]\n"
+    assert refused(product, {"P": 10**5, "Q": 10**5}, left={}).code == "C505"
+    assert time.monotonic() - started < 20
+
+
+def test_endless_loops_over_absent_tensors_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mapdsl.runtime.name_list as name_list
+    import mapdsl.runtime.take as take
+
+    monkeypatch.setattr(take, "MAX_ABSENT", 1000)
+    monkeypatch.setattr(name_list, "MAX_NAMES", 1000)
+    adapter = map_of("param L\nparam E\nindex i < L\nindex e < E\nx.{i}.{e} <-> y.{e}.{i}\n").adapter(
+        {"L": 10**5, "E": 10**5}
+    )
+    with pytest.raises(ConversionError, match="C505"):
+        adapter.read({}, partial=True)
+    with pytest.raises(ConversionError, match="C505"):
+        adapter.left_keys()
+
+
+def test_params_that_are_not_the_maps() -> None:
+    found = refused(EXPERTS, {"E": 1}, F=3)
+    assert (found.code, "`F`" in found.message) == ("N111", True)
+
+
+def test_has_must_be_answered_before_writing() -> None:
+    text = "param joined = has(qkv.{j:a|b})\nqkv.a <-> x where joined\nq <-> x where not joined\n"
+    assert refused(text, {}, right={"x": ZEROS(1)}).code == "N115"
+    assert set(map_of(text).adapter({}, joined=False).write({"x": ZEROS(1)})) == {"q"}
+    adapter = map_of(text).adapter({})
+    assert set(adapter.write(adapter.read({"qkv.a": ZEROS(1)}))) == {"qkv.a"}
+    assert set(adapter.write(adapter.read({"q": ZEROS(1)}))) == {"q"}
+
+
+def test_has_sees_names_by_what_they_stand_for() -> None:
+    text = "param new = has(a.w)\na.w <-> x where new\nb <-> x where not new\naccept old.w for a.w\n"
+    assert set(map_of(text).adapter({}).read({"old.w": ZEROS(1)})) == {"x"}
+
+
+# --- names that are no code ------------------------------------------------------------------------------------------
+
+NASTY = [
+    '"',
+    "'",
+    "\\",
+    "\n",
+    "{x}",
+    "{",
+    "}",
+    '""" + 1 + """',
+    "a.b\\'",
+    "\u202e",
+    "\x00",
+    "é",
+    "a b",
+    "#",
+    "x" * 10**6,
+]
+
+
+@pytest.mark.parametrize("name", NASTY, ids=lambda n: ascii(n)[:12])
+def test_nasty_names_are_only_names(name: str) -> None:
+    text = "a <-> b\nw.{..} <-> v.{..} else\n"
+    adapter = map_of(text).adapter({name: 1})
+    state = {"a": ZEROS(1), f"w.{name}": ZEROS(2)}
+    found = adapter.read(state)
+    assert set(found) == {"b", f"v.{name}"}
+    assert_same(adapter.write(found), state, "back")
+    with pytest.raises(ConversionError) as caught:
+        adapter.read(state | {name: ZEROS(1)})
+    assert caught.value.code == "R603"
+
+
+@pytest.mark.parametrize("path", ['"""\nraise SystemExit\n"""', "a\\", 'x"', "line\nbreak.map", "\u202etxt.map"])
+def test_the_path_of_a_map_is_no_code(path: str) -> None:
+    source = map_of("a <-> b\n", path).compile()
+    compile(source, "x", "exec")
+    assert set(map_of("a <-> b\n", path).adapter({}).read({"a": ZEROS(1)})) == {"b"}
+    assert "\nraise" not in source
+
+
+def test_comments_of_a_map_are_no_code() -> None:
+    text = 'a # """ + quit() \n  <-> b # raise SystemExit\nparam k\nc <-> d where k == "# \'"  # end\n'
+    source = map_of(text).compile()
+    assert set(map_of(text).adapter({"k": "# '"}).read({"a": ZEROS(1), "c": ZEROS(1)})) == {"b", "d"}
+    assert "raise" not in source
+    assert "quit" not in source
+
+
+def test_huge_numbers_in_names_are_no_numbers() -> None:
+    text = "param M\nindex x >= M\nmtp.{x}.{..} -> _ else\na <-> b\n"
+    adapter = map_of(text).adapter({"M": 1})
+    assert set(adapter.read({"a": ZEROS(1), "mtp.7.w": ZEROS(1)})) == {"b"}
+    assert refused(text, {"M": 1}, left={"a": ZEROS(1), f"mtp.{'9' * 5000}.w": ZEROS(1)}).code == "R603"
+    assert refused(text, {"M": 1}, left={"a": ZEROS(1), "mtp.07.w": ZEROS(1)}).code == "R603"
+
+
+def test_reserved_names_are_those_of_the_adapter() -> None:
+    from mapdsl.emit.reserved import ADAPTER_NAMES
+    from mapdsl.runtime.adapter import Adapter
+
+    made = type("Made", (Adapter,), {"set_params": lambda self, config: None})({})
+    assert {name for name in dir(made) if not name.startswith("_")} == ADAPTER_NAMES
+
+
+# --- includes --------------------------------------------------------------------------------------------------------
+
+
+def test_included_rules_run_under_their_prefix(tmp_path: Path) -> None:
+    (tmp_path / "text.map").write_text(
+        "map text: hf <-> native\nparam L = num_layers\nparam h = heads ?? 1\nindex i < L\n"
+        "layers.{i}.q [(h c) d] <-> l.{i}.q [h d c]\nnorm <-> ln\nextra <-> more\nbias <-> b\n"
+    )
+    (tmp_path / "whole.map").write_text(
+        "map whole: hf <-> native\nparam L = depth\nindex i < L\nvision.{i}.w <-> v.{i}\n"
+        'language <-> model.text:\n    include "text.map" with config = text_config, h = L\n'
+        "override language.bias [d] <-> model.text.b\nremove language.extra\n"
+    )
+    map_ = load(tmp_path / "whole.map")
+    adapter = map_.adapter({"depth": 2, "text_config": {"num_layers": 1, "heads": 7}})
+    state = {"vision.0.w": ZEROS(1), "vision.1.w": ZEROS(1), "language.norm": ZEROS(1), "language.bias": ZEROS(3)}
+    state["language.layers.0.q"] = torch.arange(24.0).reshape(6, 4)
+    found = adapter.read(state)
+    assert set(found) == {"v.0", "v.1", "model.text.l.0.q", "model.text.ln", "model.text.b"}
+    assert torch.equal(found["model.text.l.0.q"], state["language.layers.0.q"].reshape(2, 3, 4).permute(0, 2, 1))
+    assert_same(adapter.write(found), state, "back")
+    with pytest.raises(ConversionError) as caught:
+        adapter.read({k: v for k, v in state.items() if k != "language.norm"})
+    assert caught.value.rule == "text.map:6: norm <-> ln"
