@@ -12,7 +12,17 @@ if TYPE_CHECKING:
     from mapdsl.runtime.errors import ConversionError
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "Conversion", "ConversionError", "Diagnostic", "Map", "MapError", "__version__", "convert", "load"]
+__all__ = [
+    "Adapter",
+    "Conversion",
+    "ConversionError",
+    "Diagnostic",
+    "Map",
+    "MapError",
+    "__version__",
+    "convert",
+    "load",
+]
 
 _HOMES = {
     "Adapter": "mapdsl.runtime.adapter",

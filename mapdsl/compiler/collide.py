@@ -186,6 +186,12 @@ class Collisions:
         facts += [guard] if guard is not None else []
         facts += [rename(other_guard, self.primed)] if other_guard is not None else []
         used = [*indices_of(one, self.map), *(self.primed[name] for name in indices_of(other, self.map))]
+        # Ranges alone often keep two names apart, and are far cheaper than guards that look into lists.
+        if (
+            len(facts) > len(equations)
+            and (apart := decide(self.scope, facts[: len(equations)], used)).status == "closed"
+        ):
+            return apart
         return decide(self.scope, facts, used)
 
 
