@@ -229,7 +229,7 @@ def test_errors_of_the_runtime_are_told(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_a_reader_that_leaves_early(good: Path) -> None:
-    (good / "config.json").write_text('{"layers": 200000}')
+    (good / "config.json").write_text('{"layers": 90000}')
     command = [sys.executable, "-m", "mapdsl", "keys", "good.map", "--config", "config.json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
         assert process.stdout is not None

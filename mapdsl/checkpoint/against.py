@@ -194,9 +194,11 @@ class _Comparison:
         whole = len(missing) == len(names)
         if whole and (rule.optional or rule.arrow == "->"):
             return
-        for named in names:
-            if named not in missing:
-                self._take(named.name, rule, "")
+        if not whole:  # the rest of the group, companions too, is not worth a second finding
+            for named in names:
+                for codec in self.expansion.codecs(rule.left[named.place]) or [RAW]:
+                    for part in codec.names(named.name):
+                        self.left.pop(part, None)
         self.missing += len(missing)
         if self.missing > 4 * self.summary.tensors + TOO_MANY:
             message = f"the config promises far more tensors than the {self.summary.tensors:,} that are stored"
@@ -244,13 +246,16 @@ class _Comparison:
             self._take(claimed.names(named.name)[0], rule, "")
             return None
         raw = next((codec for codec in codecs if codec.kind == "raw"), None)
-        if raw is None:
-            names = "|".join(codec.name for codec in codecs)
-            payload = next(p for p in (c.names(named.name)[0] for c in codecs) if p in self.left)
-            message = f"has dtype {self.left[payload].dtype}, which is none of {names}"
-            self._together("C504", match.rule, message, [payload])
-            self._take(payload, rule, "")
-        return raw
+        beside = [name for codec in codecs for name in codec.names(named.name)[1:] if name in self.left]
+        if raw is not None and not beside:
+            return raw
+        payload = next(p for p in (c.names(named.name)[0] for c in codecs) if p in self.left)
+        names = "|".join(codec.name for codec in codecs if codec.kind != "raw")
+        message = f"has dtype {self.left[payload].dtype}, which is none of {names}"
+        self._together("C504", match.rule, f"{message} (stored beside {beside[0]})" if beside else message, [payload])
+        for name in (payload, *beside):
+            self.left.pop(name, None)
+        return None
 
     def _take(self, name: str, rule: ir.Rule, codec: str) -> None:
         if self.left.pop(name, None) is None:

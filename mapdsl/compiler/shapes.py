@@ -84,6 +84,7 @@ def layout(rule: ir.Rule, indices: dict[str, ir.Index]) -> Layout:
     pairs = tuple(zip(*pieces, strict=True))
     for one, other in pairs:
         _check_axes(rule, one, other, of_names, everywhere, repeated)
+    _check_absorbed(rule, of_names, everywhere)
     if not left and not right and len(pairs) == 1 and pairs[0][0].dims == pairs[0][1].dims:
         pairs = ()
     return Layout(matched, (left, right), repeated, pairs, shapes)
@@ -246,11 +247,24 @@ def _check_axes(
         (axes[0], axes[1], rule.left[left.tensor].span, "right"),
         (axes[1], axes[0], rule.right[right.tensor].span, "left"),
     ):
+        if copied := [axis for axis in mine if axis in theirs and axis in repeated]:
+            message = f"copies of `{copied[0]}` stand on one side, so it is no axis of the other"
+            raise ShapeError("X302", message, span)
         lost = [axis for axis in mine if axis not in theirs and axis not in repeated]
         if lost:
             listed = ", ".join(f"`{axis}`" for axis in lost)
             hint = f"here {_listed(mine)}, there {_listed(theirs)}"
             raise ShapeError("X301", f"{listed} is on this side only, not on the {other}", span, hint)
+
+
+def _check_absorbed(rule: ir.Rule, of_names: list[list[tuple[str, ...]]], everywhere: set[str]) -> None:
+    """X301: an axis is absorbed by the names of every piece of a side, or of none."""
+    for side, names in zip(rule.sides, of_names, strict=True):
+        for tensor, axes in zip(side, names, strict=True):
+            others = {axis for other in names for axis in other} - everywhere - set(axes)
+            if others:
+                message = f"`{min(others)}` stands in the names of other tensors of this side, not in this one"
+                raise ShapeError("X301", message, tensor.span, "an axis is absorbed by every piece, or by none")
 
 
 def _listed(axes: list[str]) -> str:

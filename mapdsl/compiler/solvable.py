@@ -6,7 +6,7 @@ import re
 
 from mapdsl.compiler import ir
 from mapdsl.compiler.codecs import AnyCodec, BlockScaled, codec_key
-from mapdsl.compiler.shapes import Layout
+from mapdsl.compiler.shapes import Layout, name_axes
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic
 from mapdsl.language.unparse import unparse_shape
@@ -15,7 +15,7 @@ from mapdsl.runtime.sizes import unsolved_axes
 
 def check_sizes(rule: ir.Rule, layout: Layout, resolved: ir.Map) -> list[Diagnostic]:
     """X304 for every axis whose size cannot be found in one direction; N118 for an axis that is no size."""
-    found: list[Diagnostic] = []
+    found = _dependent_ranges(rule, layout, resolved)
     if layout.pieces:
         for source, name in enumerate((resolved.left, resolved.right)):
             patterns = [size_pattern(shape) for shape in layout.shapes[source] if shape is not None]
@@ -24,6 +24,21 @@ def check_sizes(rule: ir.Rule, layout: Layout, resolved: ir.Map) -> list[Diagnos
                 hint = f"declare it: `param {axis} = ...`, or give it a dimension of its own"
                 found.append(Diagnostic("X304", message, (rule.span,), help=hint))
     return found
+
+
+def _dependent_ranges(rule: ir.Rule, layout: Layout, resolved: ir.Map) -> list[Diagnostic]:
+    """A range that depends on an index has one length for each match only if that index is part of the match."""
+    used = {a for side in rule.sides for t in side for a in name_axes(t.template, resolved.indices)}
+    shapes = [shape for side in layout.shapes for shape in side if shape is not None]
+    used |= {axis.name for shape in shapes for axis in ir.axes_of(shape) if axis.name is not None}
+    for name in sorted(used & resolved.indices.keys()):
+        index = resolved.indices[name]
+        bounds = [bound for bound in (index.lower, index.upper) if bound is not None]
+        for other in (n for bound in bounds for n in ir.names_in(bound) if n in resolved.indices):
+            if other not in layout.matched:
+                message = f"the range of `{name}` depends on `{other}`, which does not stand in the names of both sides"
+                return [Diagnostic("X304", message, (rule.span, index.span))]
+    return []
 
 
 def check_fit(rule: ir.Rule, layout: Layout, codecs: dict[str, AnyCodec]) -> list[Diagnostic]:

@@ -14,8 +14,9 @@ from mapdsl.emit.expressions import difference, local, quoted
 from mapdsl.emit.layout import INDENT, WIDTH, Bracketed, Code, breakable, call, comprehension, fits, flat, lines
 from mapdsl.emit.reserved import fresh
 from mapdsl.emit.rules import RuleEmitter, clause, shared_codecs
-from mapdsl.emit.solving import axis_codes
+from mapdsl.emit.solving import axis_codes, is_simple, mentions, needed
 from mapdsl.emit.views import Run, View, common_runs, cut_dimensions, flattened, view
+from mapdsl.emit.wild import first_position
 from mapdsl.language import tree
 
 # Words of a name that say little about the tensor.
@@ -33,7 +34,18 @@ class Movement:
         self.variables = {side: [self._variable(t, side) for t in emitter.rule.sides[side]] for side in (0, 1)}
 
     def emit(self, depth: int) -> list[str]:
-        """The lines of the movement."""
+        """The lines of the movement, for each name that its wildcards fit."""
+        head, depth = self.e.wild.head(self._first_name(), self.source, depth)
+        if self.e.rule.is_else:
+            names = [self.e.all_names(self.target, tensor) for tensor in self.there]
+            but = "but=narrower" if self.e.wild.narrower(self.target) else None
+            head += lines(call("put.own", *names, but), depth)
+        return head + self._emit(depth)
+
+    def _first_name(self) -> tree.Template:
+        return first_position(self.here[0].template, self.e.layout.in_names[self.source], self.e.map.indices)
+
+    def _emit(self, depth: int) -> list[str]:
         if len(self.here) == 1 and not self._absorbed(self.source, 0):
             return self._from_one(depth)
         return self._from_group(depth)
@@ -49,13 +61,13 @@ class Movement:
             variable, self.e.pattern(shape), {local(axis): code for axis, code in self._known(shape).items()}
         )
         text = "\n".join(body)
-        used = [axis for axis in sizes if _mentions(text, axis)]
+        used = [axis for axis in sizes if mentions(text, axis)]
         into = self._into()
         take = self.e.take(self.here[0], shape, into=into)
         head = lines(take, depth, before=f"{variable} = ")
         head.append(f"{INDENT * depth}if {variable} is not None:")
-        if all(_is_simple(code) for code in sizes.values()):
-            for axis in _needed(used, sizes):
+        if all(is_simple(code) for code in sizes.values()):
+            for axis in needed(used, sizes):
                 head += lines(sizes[axis], depth + 1, before=f"{axis} = ")
             return head + body
         return head + self._read_sizes(used, depth + 1) + body
@@ -101,7 +113,7 @@ class Movement:
                 body += self._finish(number, depth + 1)
         shapes = [self._shape(self.source, number) for number in range(len(self.here))]
         text = "\n".join(body)
-        unknown = [local(axis) for axis in self.e.unknown_axes(*shapes) if _mentions(text, local(axis))]
+        unknown = [local(axis) for axis in self.e.unknown_axes(*shapes) if mentions(text, local(axis))]
         out += lines(self._group(shapes), depth, before="if ", after=":")
         return out + self._read_sizes(unknown, depth + 1) + body
 
@@ -374,23 +386,3 @@ def _entry(axes: list[str], value: Code) -> Code:
     if len(axes) == 1:
         return f"{local(axes[0])}: {flat(value)}"
     return Bracketed("", [local(axis) for axis in axes], after=f": {flat(value)}")
-
-
-def _is_simple(code: Code) -> bool:
-    """Whether a size is read off a shape at a glance: `x.shape[0]`, `x.shape[0] // 2`."""
-    return isinstance(code, str) and "(" not in code and " - " not in code and len(code) < 50
-
-
-def _mentions(code: str, name: str) -> bool:
-    """Whether code uses a variable; within strings only what f-strings fill in counts."""
-    bare = re.sub(r'f?"[^"]*"', lambda found: " ".join(re.findall(r"\{[^{}]*\}", found[0])), code)
-    return re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|=[^=])", bare) is not None
-
-
-def _needed(axes: list[str], sizes: dict[str, Code]) -> list[str]:
-    """The axes with those that their own sizes are computed from, in the order of computing."""
-    wanted = set(axes)
-    for axis in reversed(list(sizes)):
-        if axis in wanted:
-            wanted |= {other for other in sizes if other != axis and _mentions(flat(sizes[axis]), other)}
-    return [axis for axis in sizes if axis in wanted]

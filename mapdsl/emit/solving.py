@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from mapdsl.emit.expressions import product
-from mapdsl.emit.layout import Code
+from mapdsl.emit.layout import Code, flat
 from mapdsl.runtime.sizes import Polynomial, parse_pattern
 
 
@@ -56,3 +57,23 @@ def _total(monomials: list[tuple[int, tuple[str, ...]]], sizes: Mapping[str, str
         words = [sizes[axis] for axis in axes]
         terms.append(product([str(count), *words]) if words else str(count))
     return " + ".join(terms)
+
+
+def is_simple(code: Code) -> bool:
+    """Whether a size is read off a shape at a glance: `x.shape[0]`, `x.shape[0] // 2`."""
+    return isinstance(code, str) and "(" not in code and " - " not in code and len(code) < 50
+
+
+def mentions(code: str, name: str) -> bool:
+    """Whether code uses a variable; within strings only what f-strings fill in counts."""
+    bare = re.sub(r'f?"[^"]*"', lambda found: " ".join(re.findall(r"\{[^{}]*\}", found[0])), code)
+    return re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|=[^=])", bare) is not None
+
+
+def needed(axes: list[str], sizes: dict[str, Code]) -> list[str]:
+    """The axes with those that their own sizes are computed from, in the order of computing."""
+    wanted = set(axes)
+    for axis in reversed(list(sizes)):
+        if axis in wanted:
+            wanted |= {other for other in sizes if other != axis and mentions(flat(sizes[axis]), other)}
+    return [axis for axis in sizes if axis in wanted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from mapdsl.compiler.names import patterns
 from mapdsl.emit.expressions import local, pattern_code, python, wildcard
 from mapdsl.emit.layout import INDENT, Bracketed, Code, breakable, call, lines, listed
 from mapdsl.language import tree
+from mapdsl.language.rewrite import rewrite
 
 if TYPE_CHECKING:
     from mapdsl.emit.rules import RuleEmitter
@@ -107,6 +109,22 @@ class WildHead:
         used = emitter.ordered([n for n in dict.fromkeys(ir.names_in(value)) if n in emitter.map.indices])
         clauses = " ".join(f"for {local(name)} in {emitter.range(name)}" for name in used)
         return f"{{{python(value, emitter.params)} {clauses}}}"
+
+
+def first_position(template: tree.Template, absorbed: Container[str], indices: Mapping[str, ir.Index]) -> tree.Template:
+    """A name with all that it absorbs at the first position: there is one such name for each group."""
+
+    def change(node: tree.Node) -> tree.Node:
+        if isinstance(node, tree.Name) and node.path in absorbed and node.path in indices:
+            return indices[node.path].lower or tree.Number(0, span=node.span)
+        return node
+
+    parts: list[tree.Part] = []
+    for part in template.parts:
+        if isinstance(part, tree.EnumHole) and part.name in absorbed:
+            part = tree.Text(part.spellings[0], span=part.span)
+        parts.append(rewrite(part, change))
+    return replace(template, parts=tuple(parts))
 
 
 def offset_of(value: tree.Expr, index: str) -> tree.Expr | None:

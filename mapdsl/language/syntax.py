@@ -43,11 +43,14 @@ def parse(source: Source) -> File:
     """The syntax tree of a source; MapError with every syntax error otherwise, sorted (50 at most)."""
     if is_odd(source.text):
         _raise_any(find_errors(source))
+    parsed, failure = None, None
     try:
         parsed = parser().parse(source.text + "\n", start="file")
-    except (UnexpectedInput, LayoutError):
+    except (UnexpectedInput, LayoutError) as error:
+        failure = error
+    if failure is not None:  # outside of the handler, so that nobody sees the parser's own error beside ours
         _raise_any(find_errors(source))
-        raise
+        raise failure
     builder = Builder(source)
     file: File = builder.build(parsed)
     _raise_any(builder.found)

@@ -1,7 +1,6 @@
 """The syntax tree of a `.map` file: frozen dataclasses, one a construct.
 
-Every node carries the span that it was read from. Spans take no part in comparison, so that two trees are equal when
-the files say the same: the formatter is proved safe with this.
+Every node carries the span that it was read from; spans take no part in comparison, so equal trees say the same.
 """
 
 from __future__ import annotations
@@ -286,10 +285,7 @@ class Index(Node):
 
 @dataclass(frozen=True)
 class Argument(Node):
-    """An argument of a codec: `name=value`, or by position.
-
-    A value is an alternation of words (`f8e8m0|f32`, `128x128`, `flat`), a string, or a number.
-    """
+    """An argument of a codec, `name=value` or by position; a value is `a|b`, a string, or a number."""
 
     name: str | None
     value: tuple[str, ...] | str | int | float

@@ -78,9 +78,15 @@ class Put:
         self, name: str, tensor: Tensor | None, stored: Alternatives = AS_IS, *, but: tuple[Container[str], ...] = ()
     ) -> None:
         """Put a tensor that a wildcard carries; R603 for a name of another rule, or of a narrower wildcard, `but`."""
-        if tensor is not None and (name in self._named() or any(name in narrower for narrower in but)):
-            raise ConversionError("R603", f"a wildcard would carry a tensor over to {name}, a name of another rule")
-        self(name, tensor, stored)
+        if tensor is not None:
+            self.own(name, but=but)
+            self(name, tensor, stored)
+
+    def own(self, *names: str, but: tuple[Container[str], ...] = ()) -> None:
+        """R603 for a name that a wildcard would carry a tensor over to, if it is another rule's."""
+        for name in names:
+            if name in self._named() or any(name in narrower for narrower in but):
+                raise ConversionError("R603", f"a wildcard would carry a tensor over to {name}, a name of another rule")
 
     def full(self, name: str, shape: tuple[int, ...], value: float, stored: Alternatives = AS_IS) -> None:
         """Put a constant tensor."""

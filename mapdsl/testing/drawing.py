@@ -20,7 +20,7 @@ from mapdsl.runtime.sizes import SizeError, axis_sizes, shape_of
 from mapdsl.testing.bits import FLOATS, ordinary, random_bits
 from mapdsl.testing.configs import EVEN_SIZES, SIZES, ContradictionError, value_of
 from mapdsl.testing.finishing import make_copies, make_ties, respell
-from mapdsl.testing.formats import Formats, cast_dtype, fits, runtime_codec
+from mapdsl.testing.formats import Formats, cast_dtype, fits, packs, runtime_codec
 from mapdsl.testing.readers import Readers
 from mapdsl.testing.states import Group, Logical, State, wild_values
 
@@ -157,11 +157,10 @@ class Drawer:
         sizes = self.expansion.sizes(match)
         shapes = [s for side in self.expansion.checked.layouts[match.rule].shapes for s in side if s is not None]
         free = dict.fromkeys(a.name for s in shapes for a in ir.axes_of(s) if a.name and a.name not in sizes)
-        packs = any(getattr(c, "per", 1) > 1 for t in (*rule.left, *rule.right) for c in self.expansion.codecs(t))
         used = {sizes[a.name] for s in shapes for a in ir.axes_of(s) if a.name in sizes}
-        pool = [n for n in (EVEN_SIZES if packs and self.rng.random() < 0.8 else SIZES) if n not in used]
+        pool = [n for n in self._pool(rule) if n not in used]
         if len(shapes) > 4 or len(free) > 2:
-            pool = [n for n in pool if n < 8] + [8, 9]
+            pool = [n for n in pool if n < 12]
         self.rng.shuffle(pool)
         return sizes | {axis: pool.pop() if pool else 2 for axis in free if axis is not None}
 
@@ -207,13 +206,20 @@ class Drawer:
                 raise ContradictionError(f"[{pattern}] has an axis of unknown size")
             return tuple(size or 0 for size in shape)
         rank = self.rng.choice((1, 2, 2, 2, 3) if codecs else (0, 1, 1, 2, 2, 3))
-        pool: tuple[int, ...] = (
-            EVEN_SIZES if any(getattr(c, "per", 1) > 1 for c in codecs) and self.rng.random() < 0.8 else SIZES
-        )
+        pool = self._pool(self.map.rules[number])
         if codecs and self.rng.random() < 0.1:
             pool = (126, 128, 130, 256)  # around the edge of a large block
             rank = min(rank, 2)
         return tuple(self.rng.choice(pool) for _ in range(rank))
+
+    def _pool(self, rule: ir.Rule) -> tuple[int, ...]:
+        """Sizes for the axes of a rule: even ones where a format packs two elements, always where it must."""
+        packing = [packs(self.expansion.codecs(tensor)) for tensor in (*rule.left, *rule.right)]
+        must = any(each and all(each) for each in packing) or any(
+            each and each[0] for each in packing[len(rule.left) :]
+        )
+        may = any(any(each) for each in packing)
+        return EVEN_SIZES if must or (may and self.rng.random() < 0.8) else SIZES
 
     def _count(self, rule: ir.Rule, shape: tuple[int, ...]) -> None:
         self.elements += math.prod(shape)

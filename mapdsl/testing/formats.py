@@ -82,6 +82,11 @@ def written(codecs: list[AnyCodec], quantization: bool) -> AnyCodec | None:
     return raw if raw is not None and not quantization else codecs[0] if codecs else None
 
 
+def packs(codecs: list[AnyCodec]) -> list[bool]:
+    """Which of some formats put several elements into one stored one."""
+    return [getattr(codec, "per", 1) > 1 for codec in codecs]
+
+
 def fits(codec: AnyCodec, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of this shape can be stored so: packed elements fill whole bytes."""
     per = getattr(codec, "per", 1)

@@ -1,6 +1,6 @@
 """Adapter of deepseek_v4: hf <-> native.
 
-Generated from deepseek_v4.map (sha256 5087d0ab4e942f5e).
+Generated from deepseek_v4.map (sha256 aadaad280af0a98c).
 Do not edit: change the map and run `mapdsl compile`.
 """
 

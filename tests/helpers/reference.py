@@ -171,7 +171,11 @@ class Reference:
             if not best or name in named:
                 continue
             match, _, texts = best[0]
-            if not match.holds:
+            if not match.holds or name not in left_over:
+                continue
+            if match.layout.pieces:
+                values = {**match.values, **{f"{{{wild}}}": text for wild, text in texts_of(best[0]).items()}}
+                self._apply(Match(match.rule, match.layout, values, True), source, dict(left_over), left_over, made)
                 continue
             tensor = left_over.pop(name)
             for target in match.rule.sides[1 - source]:
@@ -208,7 +212,9 @@ class Reference:
                 if number - offset < (evaluate(lower, self.values) if lower else 0):
                     return None
                 return {**reading[1], f"#{open_[0]}": str(number - offset)}
-            if evaluate(hole, {**self.values, **match.values}) != number:
+            axes = [n for n in ir.names_in(hole) if n in self.map.indices and n not in match.values]
+            scopes = [{**match.values, **values} for values in self._positions(match.rule, axes, match.values)]
+            if not any(evaluate(hole, {**self.values, **scope}) == number for scope in scopes):
                 return None
         return reading[1] or {"": ""}
 
@@ -264,7 +270,8 @@ class Reference:
                 case tree.NumberHole(value=value):
                     words.append(str(evaluate(value, {**self.values, **values, **numbers})))
                 case tree.WildcardHole(name=wild):
-                    words.append((texts or {})[wild or "*"])
+                    known = {key[1:-1]: text for key, text in values.items() if key.startswith("{")}
+                    words.append({**known, **(texts or {})}[wild or "*"])
         return "".join(words)
 
     def _is_empty(self, match: Match) -> bool:
@@ -519,6 +526,11 @@ def draw(reference: Reference, side: int, free: Mapping[str, int], fill: Callabl
             for name, _ in reference._names(match, side, tensor):
                 state[name] = state[reference._spell(match.rule.value.content, match.values)]
     return state
+
+
+def texts_of(reading: tuple[Match, Pattern, dict[str, str]]) -> dict[str, str]:
+    """What the wildcards stand for in a reading."""
+    return {name: text for name, text in reading[2].items() if not name.startswith("#")}
 
 
 def _has_copies(match: Match, side: int, resolved: ir.Map) -> bool:
