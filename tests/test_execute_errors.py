@@ -11,6 +11,7 @@ import torch
 
 from mapdsl.map import load
 from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.names import Wide, captures
 from tests.helpers.execution import assert_same, map_of
 
 ZEROS = torch.zeros
@@ -102,6 +103,16 @@ def test_copies_in_a_shape_that_differ() -> None:
     assert map_of(text).adapter({"R": 2, "g": 2}).read(left)["kk"].tolist() == [[0, 1], [2, 3]]
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_each_copy_in_a_shape_is_compared(place: int) -> None:
+    text = "param R\nindex r < R\nk [(repeat r c)] <-> kk [c]\n"
+    left = {"k": torch.tensor([5.0, 7.0] * 3)}
+    assert map_of(text).adapter({"R": 3}).read(left)["kk"].tolist() == [5, 7]
+    left["k"][2 * place] = 6.0
+    found = refused(text, {"R": 3}, left=left)
+    assert (found.code, "k (copy" in found.message) == ("R602", True)
+
+
 def test_constants_and_ties_that_differ() -> None:
     text = "param d\n_ <-> b [d] = 0\nw <-> w\n_ <-> head = w\n"
     right = {"b": ZEROS(3), "w": torch.ones(2), "head": torch.ones(2)}
@@ -140,6 +151,15 @@ def test_narrower_wildcards_keep_their_names_on_both_sides() -> None:
     assert refused(text, {"M": 1}, left={"mtp.x": ZEROS(1)}).code == "R603"
     assert refused(text, {"M": 0}, left={"b.x": ZEROS(1)}).code == "R603"
     assert refused(text, {"M": 0}, right={"mtp.x": ZEROS(1)}).code == "R603"
+
+
+def test_dropped_ranges_keep_their_names_on_both_sides() -> None:
+    text = "param L\nparam M\nindex x >= M\nlayers.{L+x}.{..} -> _ else\n{..} <-> {..} else\n"
+    config = {"L": 2, "M": 1}
+    adapter = map_of(text).adapter(config)
+    assert set(adapter.read({"layers.2.w": ZEROS(1), "layers.3.w": ZEROS(1)})) == {"layers.2.w"}
+    assert set(adapter.write({"layers.2.w": ZEROS(1)})) == {"layers.2.w"}
+    assert refused(text, config, right={"layers.3.w": ZEROS(1)}).code == "R603"
 
 
 def test_wildcards_of_one_segment_are_named_too() -> None:
@@ -346,6 +366,17 @@ def test_huge_numbers_in_names_are_no_numbers() -> None:
     assert set(adapter.read({"a": ZEROS(1), "mtp.7.w": ZEROS(1)})) == {"b"}
     assert refused(text, {"M": 1}, left={"a": ZEROS(1), f"mtp.{'9' * 5000}.w": ZEROS(1)}).code == "R603"
     assert refused(text, {"M": 1}, left={"a": ZEROS(1), "mtp.07.w": ZEROS(1)}).code == "R603"
+
+
+def test_numbers_in_names_are_canonical() -> None:
+    assert captures("a.#.w", "a.7.w") == ("7",)
+    assert captures("a.#.w", "a.0.w") == ("0",)
+    assert captures("a.#.w", "a.07.w") is None
+    assert captures("a.#.w", "a..w") is None
+    assert captures("a.#b.**", "a.12b.c.d") == ("12", "c.d")
+    assert captures("a.#.w", "a.\u0667.w") is None
+    assert "a.7.w" in Wide("a.#.w", range(5, 9))
+    assert "a.4.w" not in Wide("a.#.w", range(5, 9))
 
 
 def test_reserved_names_are_those_of_the_adapter() -> None:

@@ -128,14 +128,11 @@ class BlockScaled:
         return [Stored(payload, self.payload_dtypes, packed), Stored(scale, dtypes, self.grid(shape))]
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the scales: a block may be cut off at the edge; a missing row dimension counts as one row."""
-        rows, columns = self.block
-        full = shape if len(shape) > 1 else (*(1,) * (2 - len(shape)), *shape)
-        counts = [-(-size // (block or max(size, 1))) for size, block in zip(full[-2:], (rows, columns), strict=True)]
-        grid = (*full[:-2], *counts)
-        if self.squeeze:
-            return tuple(size for size in grid if size != 1)
-        return grid if len(shape) > 1 else grid[2 - len(shape) :]
+        """The shape of the scales: a block may be cut off at the edge; `squeeze` leaves out what is one block whole."""
+        batch, last = shape[:-2], shape[-2:]
+        sizes = self.block[2 - len(last) :]
+        pairs = [(size, block) for size, block in zip(last, sizes, strict=True) if not (self.squeeze and block is None)]
+        return (*batch, *(1 if block is None else -(-size // block) for size, block in pairs))
 
 
 AnyCodec = Codec | BlockScaled

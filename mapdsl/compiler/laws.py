@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mapdsl.compiler import ir
-from mapdsl.compiler.shapes import Layout
+from mapdsl.compiler.shapes import Layout, keeps_blocks
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic
 
@@ -56,14 +56,30 @@ def rule_law(rule: ir.Rule, layout: Layout) -> RuleLaw:
         return RuleLaw(rule, None, None, _one_sided(rule, "<-"))
     guarded = [Grade("bit, guarded", f"copies of {', '.join(sorted(layout.repeated))} are compared")]
     common = guarded if layout.repeated else [BIT]
-    left = [*common, *(_decoded(c, True) for t in rule.left for c in t.codecs)]
-    bare = [*common, *(_decoded(c, False) for t in rule.left for c in t.codecs)]
-    right = [*common, *(_encoded(c) for t in rule.left for c in t.codecs)]
-    # A codec on the right encodes what is read; reading it again is the trip that its own complement serves.
-    left += [_encoded(c) for t in rule.right for c in t.codecs]
-    bare += [_encoded(c) for t in rule.right for c in t.codecs]
-    right += [_decoded(c, True) for t in rule.right for c in t.codecs]
+    whole = keeps_blocks(rule, layout)  # then what both sides can store goes over undecoded
+    left = [*common, *_trip(rule.left, rule.right, whole, True)]
+    bare = [*common, *_trip(rule.left, rule.right, whole, False)]
+    right = [*common, *_trip(rule.right, rule.left, whole, True)]
     return RuleLaw(rule, meet(left), meet(bare), meet(right))
+
+
+def _trip(
+    here: tuple[ir.Tensor, ...], there: tuple[ir.Tensor, ...], whole: bool, with_complement: bool
+) -> Iterator[Grade]:
+    """Grades of going over and coming back, for each alternative that a tensor may start in.
+
+    It goes over in the alternative of the same name if there is one, undecoded where blocks stay whole, else in the
+    first. A tensor without codecs goes over in any.
+    """
+    theirs = [codec for tensor in there for codec in tensor.codecs]
+    for tensor in here:
+        if not tensor.codecs:
+            yield from map(_encoded, theirs)
+        for codec in tensor.codecs:
+            same = [other for other in theirs if other.name == codec.name]
+            if not (same and (whole or codec.kind == "raw")):
+                yield _decoded(codec, with_complement)
+                yield from map(_encoded, same or theirs[:1])
 
 
 def _one_sided(rule: ir.Rule, drops: str) -> Grade:

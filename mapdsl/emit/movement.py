@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from mapdsl.compiler import ir
-from mapdsl.compiler.shapes import Piece
+from mapdsl.compiler.shapes import Piece, keeps_blocks
 from mapdsl.emit.expressions import difference, local, quoted
 from mapdsl.emit.layout import INDENT, WIDTH, Bracketed, Code, breakable, call, comprehension, fits, flat, lines
 from mapdsl.emit.reserved import fresh
@@ -357,11 +357,8 @@ class Movement:
 
     def _into(self) -> str | None:
         """How the target is stored, where it can be in the codec of the source without being decoded."""
-        if len(self.here) > 1 or len(self.there) > 1 or not shared_codecs(self.here[0], self.there[0]):
-            return None
-        ends = [self._shape(side, 0).dimensions[-2:] for side in (self.source, self.target)]
-        plain = len(ends[0]) == 2 and all(isinstance(d, tree.Axis) and d.name for d in ends[0])
-        return f"into={self.e.stored(self.there[0])}" if plain and ends[0] == ends[1] else None
+        whole = keeps_blocks(self.e.rule, self.e.layout) and shared_codecs(self.here[0], self.there[0])
+        return f"into={self.e.stored(self.there[0])}" if whole else None
 
     def _variable(self, tensor: ir.Tensor, side: int) -> str:
         """A variable called by what the name says last."""

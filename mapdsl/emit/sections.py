@@ -17,6 +17,7 @@ from mapdsl.emit.layout import INDENT, Code, call, flat, lines
 from mapdsl.emit.params import comment
 from mapdsl.emit.reserved import fresh
 from mapdsl.emit.rules import LEFT, RIGHT, Loop, RuleEmitter, guard_code
+from mapdsl.emit.solving import mentions
 from mapdsl.language import tree
 
 DIRECTIONS = ("_to_right", "_to_left")
@@ -239,7 +240,7 @@ class Directions:
             return False
         bound = {local(name) for e in shortened for name in e.bound}
         code = "\n".join([*(line for line in texts.pop() if "# " not in line), *loops.pop()])
-        return not any(re.search(rf"(?<![\w.]){name}(?!\w)", code) for name in bound) and len(versions) > 1
+        return not any(mentions(code, name) for name in bound) and len(versions) > 1
 
     def _make_body(self, rules: list[list[RuleEmitter]], levels: int, taken: set[str]) -> Body:
         variants = [list(variant) for variant in zip(*rules, strict=True)]

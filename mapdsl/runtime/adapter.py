@@ -105,7 +105,7 @@ class Adapter:
             dtype=dtype,
             entries=self.complement.right,
             named=_once(self._right_named),
-            device=lambda: take.device,
+            source=take,
         )
         with _naming_the_rule():
             self.accept(take)
@@ -149,7 +149,7 @@ class Adapter:
             entries=self.complement.entries,
             edited=self.complement.edited,
             named=_once(self._left_named),
-            device=lambda: take.device,
+            source=take,
         )
         with _naming_the_rule():
             self._to_left(take, put)
@@ -179,7 +179,7 @@ class Adapter:
         self.set_params(self.config)
         names = NameList()
         with _naming_the_rule():
-            direction(names, Put(_ignore, _refuse, device=lambda: torch.device("meta")))
+            direction(names, Put(_ignore, _refuse, device=torch.device("meta")))
         return names
 
     def _left_named(self) -> set[str]:

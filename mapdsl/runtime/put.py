@@ -10,7 +10,7 @@ from torch import Tensor
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.complement import RAW, Alternatives, Complement, Entries, Raw
 from mapdsl.runtime.errors import ConversionError
-from mapdsl.runtime.take import AS_IS
+from mapdsl.runtime.take import AS_IS, Take
 from mapdsl.runtime.undecoded import Undecoded
 
 Sink = Callable[[str, Tensor], None]
@@ -20,8 +20,9 @@ class Put:
     """Hands finished tensors to `sink`, each name once.
 
     `quantization` decides among the alternatives of a stored tensor: True takes what reading found (`entries`), else
-    the first; False takes `raw` where the map allows it. `edited` counts blocks that were encoded anew. `named` gives
-    the names that rules without `{..}` speak of; `device` that of the tensors being converted.
+    the one that it was taken in from `source`, else the first; False takes `raw` where the map allows it. `edited`
+    counts blocks that were encoded anew. `named` gives the names that rules without `{..}` speak of; `device` is that
+    of what the map makes, by default the one of the tensors taken.
     """
 
     def __init__(
@@ -34,7 +35,8 @@ class Put:
         entries: Entries | None = None,
         edited: dict[str, int] | None = None,
         named: Callable[[], Container[str]] = frozenset,
-        device: Callable[[], torch.device | None] = lambda: None,
+        source: Take | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.sink = sink
         self.read_back = read_back
@@ -43,7 +45,8 @@ class Put:
         self.entries = entries if entries is not None else Complement().entries
         self.edited = edited if edited is not None else {}
         self._named = named
-        self._device = device
+        self._source = source
+        self._own_device = device
         self._names: set[str] = set()
 
     def __call__(self, name: str, tensor: Tensor | None, stored: Alternatives = AS_IS) -> None:
@@ -90,11 +93,11 @@ class Put:
 
     def full(self, name: str, shape: tuple[int, ...], value: float, stored: Alternatives = AS_IS) -> None:
         """Put a constant tensor."""
-        self(name, torch.full(shape, value, dtype=self.dtype, device=self._device()), stored)
+        self(name, torch.full(shape, value, dtype=self.dtype, device=self._device), self._unread(name, stored))
 
     def made(self, name: str, tensor: Tensor, stored: Alternatives = AS_IS) -> None:
         """Put a tensor that the map computes."""
-        self(name, tensor.to(self._device() or tensor.device), stored)
+        self(name, tensor.to(self._device or tensor.device), self._unread(name, stored))
 
     def tie(self, name: str, other: str, stored: Alternatives = AS_IS) -> None:
         """Put a tensor that equals one put before, companions included."""
@@ -112,9 +115,18 @@ class Put:
             return stored[0]
         if not self.quantization and RAW in stored:
             return RAW
-        if (entry := self.entries.get(name)) is not None:
-            return next((codec for codec in stored if codec.name == entry[0]), stored[0])
-        return stored[0]
+        entry = self.entries.get(name)
+        found = entry[0] if entry is not None else self._source.last if self._source is not None else None
+        return next((codec for codec in stored if codec.name == found), stored[0])
+
+    def _unread(self, name: str, stored: Alternatives) -> Alternatives:
+        """The alternatives of a tensor that was made, not taken: the first, unless there is a reason for another."""
+        wants_raw = not self.quantization and RAW in stored
+        return stored if wants_raw or name in self.entries else stored[:1]
+
+    @property
+    def _device(self) -> torch.device | None:
+        return self._own_device or (self._source.device if self._source is not None else None)
 
     def _out(self, name: str, tensor: Tensor) -> None:
         if name in self._names:

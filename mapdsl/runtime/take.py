@@ -72,6 +72,7 @@ class Take(StateNames):
         self._firsts: list[str] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._absent = 0
+        self._last: str | None = None
         self._device: torch.device | None = None
 
     # --- single tensors ---
@@ -138,6 +139,7 @@ class Take(StateNames):
         """A tensor of the group at hand, decoded and checked against the shape of its operand."""
         member = self._members[name]
         codec = self._alternative(name, member.stored)
+        self._last = codec.name if member.stored is not AS_IS else None
         if member.moved is not None:
             if codec is not member.moved:
                 found = f"{name} is stored as {codec.name}, the rest of its group as {member.moved.name}"
@@ -226,6 +228,11 @@ class Take(StateNames):
                 same_bytes(one, tensor, twin, twin_name)
         if stored is not AS_IS:
             self.entries[name] = (codec.name, None)
+
+    @property
+    def last(self) -> str | None:
+        """The alternative that the tensor taken last was stored in; None where it has but one way to be stored."""
+        return self._last
 
     @property
     def device(self) -> torch.device | None:

@@ -141,6 +141,7 @@ class Drawer:
             self._check_encodes(match, rule, side, sizes, plan[0][1] if plan else ())
         base = formats.base_dtype(self.dtype, self.rng)
         group.exact, group.moved_as = formats.is_exact(self.dtype, base), formats.undecoded
+        group.unpacked = formats.unpacked
         variety = self.rng.random()
         for named, shape, codec in plan:
             if formats.must_encode:
@@ -155,7 +156,10 @@ class Drawer:
     def _sizes(self, match: Match, rule: ir.Rule) -> dict[str, int]:
         """The sizes of all axes: free ones get distinct sizes, that no other axis of the rule has."""
         sizes = self.expansion.sizes(match)
-        shapes = [s for side in self.expansion.checked.layouts[match.rule].shapes for s in side if s is not None]
+        layout = self.expansion.checked.layouts[match.rule]
+        for axis in (axis for names in layout.in_names for axis in names if axis not in sizes):
+            sizes[axis] = len(list(self.expansion.index_values([axis], dict(match.values))))
+        shapes = [s for side in layout.shapes for s in side if s is not None]
         free = dict.fromkeys(a.name for s in shapes for a in ir.axes_of(s) if a.name and a.name not in sizes)
         used = {sizes[a.name] for s in shapes for a in ir.axes_of(s) if a.name in sizes}
         pool = [n for n in self._pool(rule) if n not in used]
@@ -183,8 +187,8 @@ class Drawer:
         plan: Plan = []
         repeated = bool(self.expansion.checked.layouts[match.rule].repeated)
         across = [self.expansion.codecs(t) for t in (rule.right if side == "left" else rule.left)]
-        joined_as_stored = side == "left" and any(across)
-        favourite, mixed = self.rng.random(), not (repeated or joined_as_stored) and self.rng.random() < 0.3
+        moved_as_stored = any(across) and any(self.expansion.codecs(tensor) for tensor in rule.side(side))
+        favourite, mixed = self.rng.random(), not (repeated or moved_as_stored) and self.rng.random() < 0.3
         for named in self.expansion.names(match, side):
             codecs = self.expansion.codecs(rule.side(side)[named.place])
             shape = self._shape(match.rule, side, named.place, sizes, codecs)

@@ -35,10 +35,16 @@ class Formats:
 
     @property
     def undecoded(self) -> AnyCodec | None:
-        """The format in which payload and companions move as they are: one that both sides have."""
-        first = next((codec for codec in self.chosen if codec is not None and codec.kind != "raw"), None)
+        """The format in which the tensors move as they are stored: one that both sides have."""
+        first = next(iter(self.chosen), None)
         shared = all(codec == first for codec in self.chosen) and all(first in codecs for codecs in self.across)
         return first if shared and self.across else None
+
+    @property
+    def unpacked(self) -> bool:
+        """Whether writing without quantization decodes what would move as it is, so that it comes back plain."""
+        moves = self.undecoded is not None and self.undecoded.kind != "raw"
+        return self.side == "right" and moves and any(holds_raw(codecs) for codecs in self.across)
 
     @property
     def must_encode(self) -> bool:
@@ -47,7 +53,7 @@ class Formats:
 
     def base_dtype(self, decoded: torch.dtype, rng: Random) -> torch.dtype:
         """The dtype of the match's plain tensors: one for all, since they may be joined on the other side."""
-        if self.side == "left" and any(self.across):
+        if self.side == "left" and any(self.across) and self.undecoded is None:
             return _WRITE_DTYPE
         if any(codec is not None and codec.kind != "raw" for codec in self.chosen) or self.must_encode:
             return decoded
@@ -59,8 +65,8 @@ class Formats:
 
     def is_exact(self, decoded: torch.dtype, base: torch.dtype) -> bool:
         """Whether a trip from this side and back promises every byte."""
-        if self.undecoded is not None and (self.side == "left" or not any(holds_raw(c) for c in self.across)):
-            return True
+        if self.undecoded is not None:
+            return not self.unpacked
         to = decoded if self.side == "left" else _WRITE_DTYPE
         if any(codec is not None and codec.kind == "cast" and not _holds(to, codec) for codec in self.chosen):
             return False

@@ -49,7 +49,7 @@ class Group:
     """All tensors of one match on one side.
 
     `exact` says whether a trip to the other side and back promises every byte, `kept` whether anything comes back.
-    `moved_as` is the format of which payload and companions move undecoded.
+    `moved_as` is the format in which they move as they are stored, `unpacked` whether they come back plain.
     """
 
     match: Match
@@ -59,11 +59,17 @@ class Group:
     exact: bool = True
     kept: bool = True
     moved_as: AnyCodec | None = None
+    unpacked: bool = False
 
     @property
     def names(self) -> list[str]:
         """Every stored name, companions included."""
         return [name for tensor in self.tensors for name in tensor.parts]
+
+    @property
+    def plain_names(self) -> list[str]:
+        """The names that the rules give, without companions."""
+        return [tensor.named.name for tensor in self.tensors]
 
     def moves(self) -> bool:
         """Whether the other side has tensors for it."""
@@ -91,7 +97,11 @@ class State:
 
     def kept(self) -> dict[str, bool]:
         """The canonical names that come back from the other side, and whether with every byte."""
-        return {name: group.exact for group in self.groups if group.kept for name in group.names}
+        return {n: g.exact for g in self.groups if g.kept for n in (g.plain_names if g.unpacked else g.names)}
+
+    def is_unpacked(self, name: str) -> bool:
+        """Whether a tensor comes back plain, of whatever shape its stored form was."""
+        return any(group.unpacked and name in group.plain_names for group in self.groups)
 
 
 def made_names(expansion: Expansion, state: State, *, quantization: bool) -> dict[str, Group | None]:
