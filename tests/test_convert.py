@@ -22,7 +22,7 @@ from conversions import (
 import mapdsl
 from mapdsl.checkpoint.checkpoint import open_checkpoint
 from mapdsl.checkpoint.convert import size_in_bytes
-from mapdsl.checkpoint.passes import OptionError
+from mapdsl.checkpoint.passes import OptionError, Request, choose_plan
 from mapdsl.checkpoint.sidecar import SIDE_FILE
 from mapdsl.checkpoint.tensors import LazyState, dtype_name
 from mapdsl.demo import random_state
@@ -199,6 +199,18 @@ def test_tied_tensors_are_written_twice(tmp_path):
     made = state_of(tmp_path / "there")
     assert torch.equal(made["head"], made["wte"])
     assert_same_files(tmp_path / "back", source)
+
+
+def test_formats_of_the_model_side_are_not_kept(tmp_path):
+    """They would pile up in memory."""
+    file = tmp_path / "casts.map"
+    file.write_text("map casts: old <-> new\na <-> b [x y] as f32\n")
+    source = write_state(tmp_path / "source", {"a": torch.randn(4, 3).bfloat16()})
+    there_and_back(source, tmp_path, file)
+    assert open_checkpoint(tmp_path / "there").tensors["b"].dtype == "F32"
+    assert_same_files(tmp_path / "back", source)
+    plan = choose_plan(Request(mapdsl.load(file), open_checkpoint(tmp_path / "there")), "old")
+    assert not plan.adapter.complement.right
 
 
 # --- edits -----------------------------------------------------------------------------------------------------------

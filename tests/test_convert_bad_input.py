@@ -283,13 +283,13 @@ def test_a_terminated_conversion_leaves_nothing(tmp_path, monkeypatch):
     def terminated(self, name, tensor):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     monkeypatch.setattr(writer_module.CheckpointWriter, "write", terminated)
     with pytest.raises(SystemExit) as caught:
         main(["convert", str(source), str(tmp_path / "out"), "--map", NAME])
     assert caught.value.code == 143
     assert os.listdir(tmp_path) == ["source"]
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.signal(signal.SIGTERM, before) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("change", ["dtype", "shape", "name", "silence"])

@@ -186,9 +186,15 @@ def test_a_byte_that_is_wrong(place, there):
     assert "checksum" in found.message
 
 
+def cut(header: dict[str, Any]) -> None:
+    """The text is whole, but its checksum is not."""
+    packed_record = zlib.compress(json.dumps(record_of(header)).encode())[:-4]
+    header["__metadata__"]["record"] = base64.b64encode(packed_record).decode()
+
+
 def bomb(header: dict[str, Any]) -> None:
-    text = zlib.compress(b" " * 2_000_000_000, 1)
-    header["__metadata__"]["record"] = base64.b64encode(text).decode()
+    """A few kilobytes that would inflate to a multiple of the limit."""
+    header["__metadata__"]["record"] = base64.b64encode(zlib.compress(b" " * 5_000_000)).decode()
 
 
 DAMAGES: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -198,9 +204,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "no deflate": lambda header: header["__metadata__"].update(record=base64.b64encode(b"no").decode()),
     "a list": lambda header: header["__metadata__"].update(record=base64.b64encode(zlib.compress(b"[]")).decode()),
     "no JSON": lambda header: header["__metadata__"].update(record=base64.b64encode(zlib.compress(b"{")).decode()),
-    "cut": lambda header: header["__metadata__"].update(
-        record=base64.b64encode(zlib.compress(b"{}" * 99)[:-4]).decode()
-    ),
+    "cut": cut,
     "no entries": lambda header: record_of(header).pop("entries"),
     "entries of another kind": lambda header: record_of(header).update(entries=["x"]),
     "no such form": lambda header: record_of(header).update(entries={"norm.weight": [99, 0]}),
@@ -223,6 +227,14 @@ def test_a_side_file_that_cannot_be_understood(damage, there):
     found = refused(there)
     assert found.code == "C507"
     assert "damaged" in found.message
+
+
+def test_a_record_that_inflates_beyond_reason(there, monkeypatch):
+    monkeypatch.setattr("mapdsl.checkpoint.sidecar._MAX_RECORD_BYTES", 1_000_000)
+    packed(there / SIDE_FILE, bomb)
+    found = refused(there)
+    assert found.code == "C507"
+    assert "too large" in found.message
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "a/b.safetensors", "config.json"])
