@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.elements import State
 from tests.helpers.execution import LEFT, RIGHT, Case, all_cases, assert_same, drawn, on_meta
-from tests.helpers.reference import Reference, State
+from tests.helpers.reference import Reference
 
 CASES = all_cases()
 RUNS = [pytest.param(case, n, id=f"{case.name}-{n}") for case in CASES for n in range(len(case.runs))]

@@ -7,6 +7,7 @@ import re
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from mapdsl.compiler import ir
 from mapdsl.compiler.check import Checked
 from mapdsl.emit.codecs import constructor
 from mapdsl.emit.context import Context
@@ -15,11 +16,15 @@ from mapdsl.emit.layout import INDENT, WIDTH, Bracketed, lines, listed
 from mapdsl.emit.params import accept_code, file_name, params_code
 from mapdsl.emit.rules import LEFT, RIGHT
 from mapdsl.emit.sections import Directions
+from mapdsl.language import tree
+from mapdsl.language.diagnostics import error
+from mapdsl.language.rewrite import rewrite
 from mapdsl.resources import resource
 
 
 def adapter_source(checked: Checked, command: str = "mapdsl compile") -> str:
-    """The Python source of the adapter."""
+    """The Python source of the adapter; MapError for a map whose sizes depend on the number of ranks."""
+    _refuse_ranks(checked.map)
     return _AdapterEmitter(checked, command).source().rstrip() + "\n"
 
 
@@ -33,6 +38,31 @@ def environment() -> Environment:
     """Jinja's environment over `codegen/`: undefined names are errors, and nothing is escaped (it writes Python)."""
     loader = FileSystemLoader(resource("codegen"))
     return Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+
+
+def _refuse_ranks(resolved: ir.Map) -> None:
+    """X304: adapters convert whole tensors, so they cannot say how many ranks there are."""
+    shapes = [t.shape for rule in resolved.rules for t in (*rule.left, *rule.right) if t.shape is not None]
+    padded = [d for shape in shapes for d in shape.dimensions if isinstance(d, tree.Pad)]
+    exprs = [rule.guard for rule in resolved.rules] + [accept.guard for accept in resolved.accepts]
+    exprs += [bound for index in resolved.indices.values() for bound in (index.lower, index.upper)]
+    exprs += [param.value for param in resolved.params.values()]
+    counted = [call for expr in exprs if expr is not None for call in _calls(expr) if call.function == "size"]
+    if padded or counted:
+        span = (padded or counted)[0].span
+        raise error("X304", "this size depends on the ranks, and an adapter converts whole tensors", span)
+
+
+def _calls(expr: tree.Expr) -> list[tree.Call]:
+    found: list[tree.Call] = []
+
+    def note(node: tree.Node) -> tree.Node:
+        if isinstance(node, tree.Call):
+            found.append(node)
+        return node
+
+    rewrite(expr, note)
+    return found
 
 
 class _AdapterEmitter:

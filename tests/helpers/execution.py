@@ -14,7 +14,9 @@ from torch import Tensor
 
 from mapdsl.language.source import Source
 from mapdsl.map import Map
-from tests.helpers.reference import LEFT, RIGHT, Reference, State, draw
+from tests.helpers.drawing import draw
+from tests.helpers.elements import LEFT, RIGHT, State
+from tests.helpers.reference import Reference
 
 CASES = Path(__file__).parent.parent / "cases" / "execute"
 

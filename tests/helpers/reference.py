@@ -6,8 +6,7 @@ of every piece, and moves one number at a time. Names are enumerated, not parsed
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,30 +17,9 @@ from mapdsl.compiler import ir
 from mapdsl.compiler.check import Checked
 from mapdsl.compiler.formula import evaluate, evaluate_params, show
 from mapdsl.compiler.names import Pattern, is_narrower, patterns, read
-from mapdsl.compiler.shapes import Layout, Piece, name_axes
+from mapdsl.compiler.shapes import name_axes
 from mapdsl.language import tree
-
-Values = dict[str, Any]
-State = dict[str, Tensor]
-LEFT, RIGHT = 0, 1
-
-
-class ReferenceProblem(Exception):
-    """The state does not fit the map; `code` as in the catalogue."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code = code
-
-
-@dataclass
-class Match:
-    """One match of a rule: values of the indices and positions of the enumerations that stay in names."""
-
-    rule: ir.Rule
-    layout: Layout
-    values: Values
-    holds: bool
+from tests.helpers.elements import LEFT, RIGHT, Match, ReferenceProblem, State, Values, axes_of_dimension, extent, move
 
 
 @dataclass
@@ -74,7 +52,7 @@ class Reference:
         ties: list[Match] = []
         named = self._named(source)
         for match in self._matches():
-            if not match.holds or _is_wild(match.rule, self.map):
+            if not match.holds or is_wild(match.rule, self.map):
                 continue
             value = match.rule.value
             if value is not None and isinstance(value.content, tree.Template):
@@ -115,7 +93,7 @@ class Reference:
         if not there:
             self._compare(match, source, state)
         elif names:
-            _move(self, match, source, state, made)
+            move(self, match, source, state, made)
 
     # --- constants and ties ---
 
@@ -130,7 +108,7 @@ class Reference:
                 else:
                     assert isinstance(value.content, tree.Number) and tensor.shape is not None
                     sizes = self._sizes(match, [], {})
-                    shape = [_extent(d, sizes) for d in tensor.shape.dimensions]
+                    shape = [extent(d, sizes) for d in tensor.shape.dimensions]
                     yield name, torch.full(shape, float(value.content.value), dtype=torch.bfloat16)
 
     def _make(self, match: Match, side: int, made: State) -> None:
@@ -161,7 +139,7 @@ class Reference:
 
     def _carry(self, source: int, named: set[str], left_over: State, made: State) -> None:
         """Names that no other rule names, by the narrowest template; their images must be no other rule's either."""
-        elses = [match for match in self._matches() if _is_wild(match.rule, self.map)]
+        elses = [match for match in self._matches() if is_wild(match.rule, self.map)]
         foreign = self._named(1 - source)
         for name in list(left_over):
             readings = [
@@ -282,7 +260,7 @@ class Reference:
         """Every name that a rule without `{..}` names, whether its guard holds or not."""
         found = set()
         for match in self._matches():
-            if not _is_wild(match.rule, self.map):
+            if not is_wild(match.rule, self.map):
                 for tensor in match.rule.sides[side]:
                     found |= {name for name, _ in self._names(match, side, tensor)}
         return found
@@ -343,143 +321,22 @@ class Reference:
         for _ in range(10):
             for shape, found in tensors:
                 for dimension, size in zip(shape.dimensions, found, strict=True):
-                    unknown = _axes_of(dimension) - sizes.keys()
+                    unknown = axes_of_dimension(dimension) - sizes.keys()
                     if len(unknown) == 1:
                         axis = unknown.pop()
-                        fits = [n for n in range(size + 1) if _extent(dimension, {**sizes, axis: n}) == size]
+                        fits = [n for n in range(size + 1) if extent(dimension, {**sizes, axis: n}) == size]
                         if not fits:
                             raise ReferenceProblem("X305", f"{axis} in {found}")
                         sizes[axis] = fits[0]
         return sizes
 
 
-# --- elements --------------------------------------------------------------------------------------------------------
+def texts_of(reading: tuple[Match, Pattern, dict[str, str]]) -> dict[str, str]:
+    """What the wildcards stand for in a reading."""
+    return {name: text for name, text in reading[2].items() if not name.startswith("#")}
 
 
-def _move(reference: Reference, match: Match, source: int, state: State, made: State) -> None:
-    """Move every element of every piece of a match."""
-    layout, rule, target = match.layout, match.rule, 1 - source
-    named = [[list(reference._names(match, side, tensor)) for tensor in rule.sides[side]] for side in (LEFT, RIGHT)]
-    if not layout.pieces:
-        made[named[target][0][0][0]] = state[named[source][0][0][0]]
-        return
-    known = []
-    for operand, shape in zip(named[source], layout.shapes[source], strict=True):
-        assert shape is not None
-        for name, _ in operand:
-            if len(shape.dimensions) != state[name].ndim:
-                raise ReferenceProblem("R606", name)
-            known.append((shape, tuple(state[name].shape)))
-    sizes = reference._sizes(match, known, {})
-    for shape, found in known:
-        if tuple(_extent(d, sizes) for d in shape.dimensions) != found:
-            raise ReferenceProblem("R606", str(found))
-    dtype = state[named[source][0][0][0]].dtype
-    for operand, shape in zip(named[target], layout.shapes[target], strict=True):
-        assert shape is not None
-        for name, _ in operand:
-            made[name] = torch.zeros([_extent(d, sizes) for d in shape.dimensions], dtype=dtype)
-    for pair in layout.pieces:
-        _move_piece(reference, match, source, pair, named, sizes, state, made)
-
-
-def _move_piece(
-    reference: Reference,
-    match: Match,
-    source: int,
-    pair: tuple[Piece, Piece],
-    named: list[list[list[tuple[str, Values]]]],
-    sizes: Values,
-    state: State,
-    made: State,
-) -> None:
-    ends = []
-    for side in (source, 1 - source):
-        piece = pair[side]
-        shape = match.layout.shapes[side][piece.tensor]
-        assert shape is not None
-        by_position = {_key(values): name for name, values in named[side][piece.tensor]}
-        absorbed = list(named[side][piece.tensor][0][1])
-        ends.append((piece, shape, by_position, absorbed))
-    axes: dict[str, range] = {}
-    for piece, _, _, absorbed in ends:
-        for axis in absorbed:
-            axes[axis] = reference._range(match.rule, axis, match.values)
-        for axis in piece.axes:
-            name = axis.rstrip("'")
-            axes.setdefault(axis, range(int(name) if name.isdigit() else sizes[name]))
-    starts = dict.fromkeys(axes, 0)
-    for axis in axes:
-        if axis in reference.map.indices and any(axis in absorbed for *_, absorbed in ends):
-            starts[axis] = axes[axis].start
-    seen: dict[tuple[str, tuple[int, ...]], Any] = {}
-    for position in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, position, strict=True))
-        counted = {a: n - starts[a] for a, n in chosen.items()}
-        places = []
-        for piece, shape, by_position, absorbed in ends:
-            name = by_position[_key({a: chosen[a] for a in absorbed})]
-            names = iter(piece.axes)
-            path = iter(piece.path)
-            place = tuple(_offset(d, names, path, counted, sizes) for d in shape.dimensions)
-            places.append((name, place))
-        (here, at), (there, to) = places
-        value = state[here][at]
-        if (there, to) in seen and not torch.equal(seen[there, to], value):
-            raise ReferenceProblem("R602", here)
-        seen[there, to] = value
-        made[there][to] = value
-
-
-def _key(values: Values) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(values.items()))
-
-
-def _offset(
-    node: tree.Dimension | tree.Product, names: Iterator[str], path: Iterator[int], position: Values, sizes: Values
-) -> int:
-    """The place along one dimension of an element of a piece; `names` gives its axes in order."""
-    match node:
-        case tree.Axis(size=1):
-            return 0
-        case tree.Axis() | tree.Pad():
-            return int(position[next(names)])
-        case tree.Sum(terms=terms):
-            taken = next(path)
-            return sum(_extent(term, sizes) for term in terms[:taken]) + _offset(
-                terms[taken], names, path, position, sizes
-            )
-        case tree.Product(factors=factors):
-            place = 0
-            for factor in factors:
-                place = place * _extent(factor, sizes) + _offset(factor, names, path, position, sizes)
-            return place
-    raise AssertionError(node)
-
-
-def _extent(node: tree.Dimension | tree.Product, sizes: Mapping[str, int]) -> int:
-    match node:
-        case tree.Axis(name=str(name)):
-            return sizes[name]
-        case tree.Axis(size=int(size)):
-            return size
-        case tree.Pad(axis=axis):
-            return _extent(axis, sizes)
-        case tree.Sum(terms=terms):
-            return sum(_extent(term, sizes) for term in terms)
-        case tree.Product(factors=factors):
-            total = 1
-            for factor in factors:
-                total *= _extent(factor, sizes)
-            return total
-    raise AssertionError(node)
-
-
-def _axes_of(node: tree.Dimension | tree.Product) -> set[str]:
-    return {axis.name for axis in ir.axes_of(tree.Shape((node,), span=node.span)) if axis.name}  # type: ignore[arg-type]
-
-
-def _is_wild(rule: ir.Rule, resolved: ir.Map) -> bool:
+def is_wild(rule: ir.Rule, resolved: ir.Map) -> bool:
     """Whether names of a rule cannot be enumerated: wildcards, indices without an upper bound."""
     if any(ir.holes(t.template, tree.WildcardHole) for side in rule.sides for t in side):
         return True
@@ -492,67 +349,3 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         yield prefix + name, value
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
-
-
-# --- drawing ---------------------------------------------------------------------------------------------------------
-
-
-def draw(reference: Reference, side: int, free: Mapping[str, int], fill: Callable[[list[int]], Tensor]) -> State:
-    """A whole state of one side: every match that holds, its free axes of the sizes given.
-
-    Constants and ties have their values; where copies stand on this side, the other side is drawn and moved over.
-    """
-    state = State()
-    ties: list[Match] = []
-    for match in reference._matches():
-        rule = match.rule
-        if not match.holds or _is_wild(rule, reference.map) or reference._is_empty(match):
-            continue
-        if rule.value is not None:
-            if isinstance(rule.value.content, tree.Template):
-                ties.append(match)
-            elif rule.sides[side]:
-                reference._make(match, side, state)
-            continue
-        if _has_copies(match, side, reference.map):
-            other = State()
-            _fill(reference, match, 1 - side, free, fill, other)
-            _move(reference, match, 1 - side, other, state)
-        else:
-            _fill(reference, match, side, free, fill, state)
-    for match in ties:
-        assert match.rule.value is not None and isinstance(match.rule.value.content, tree.Template)
-        for tensor in match.rule.sides[side]:
-            for name, _ in reference._names(match, side, tensor):
-                state[name] = state[reference._spell(match.rule.value.content, match.values)]
-    return state
-
-
-def texts_of(reading: tuple[Match, Pattern, dict[str, str]]) -> dict[str, str]:
-    """What the wildcards stand for in a reading."""
-    return {name: text for name, text in reading[2].items() if not name.startswith("#")}
-
-
-def _has_copies(match: Match, side: int, resolved: ir.Map) -> bool:
-    """Whether the copies of a rule stand on this side."""
-    axes: set[str] = set()
-    for tensor in match.rule.sides[side]:
-        axes |= set(name_axes(tensor.template, resolved.indices))
-        axes |= {axis.name for axis in ir.axes_of(tensor.shape) if axis.name} if tensor.shape else set()
-    return bool(axes & match.layout.repeated)
-
-
-def _fill(
-    reference: Reference,
-    match: Match,
-    side: int,
-    free: Mapping[str, int],
-    fill: Callable[[list[int]], Tensor],
-    state: State,
-) -> None:
-    sizes = reference._sizes(match, [], free)
-    shapes = match.layout.shapes[side] or tuple(t.shape for t in match.rule.sides[side])
-    for tensor, shape in zip(match.rule.sides[side], shapes, strict=True):
-        extents = [3] if shape is None else [_extent(d, sizes) for d in shape.dimensions]
-        for name, _ in reference._names(match, side, tensor):
-            state[name] = fill(extents)
