@@ -13,7 +13,7 @@ demo: $(STAMP)
 test: $(STAMP) lint types check-maps
 	$(BIN)/python -m pytest -q -n 2 -m "not heavy"
 
-# Differential tests against installed peers (NeMo Automodel, transformers).
+# Differential tests against installed peers (NeMo Automodel, transformers, compressed-tensors).
 heavy: $(PEERS)
 	$(BIN)/python -m pytest -q -n 2 -m heavy
 
@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 $(PEERS): $(STAMP) constraints.txt
-	$(BIN)/python -m pip install -q -c constraints.txt transformers pillow
+	$(BIN)/python -m pip install -q -c constraints.txt transformers pillow compressed-tensors
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt nemo-automodel
 	touch $@
 

@@ -26,12 +26,16 @@ def load(path_or_name: str | os.PathLike[str]) -> Map:
         shipped = shipped_maps()
         if str(path_or_name) in shipped:
             path = shipped[str(path_or_name)]
-        else:
-            raise error("N116", f"there is no file and no shipped map `{path_or_name}`", help=_shipped_hint(shipped))
+        elif not os.path.exists(path):
+            raise error("N116", f"there is no file and no shipped map `{path_or_name}`", help=_hint(path, shipped))
     return Map(read_source(path))
 
 
-def _shipped_hint(shipped: dict[str, Path]) -> str:
+def _hint(path: Path, shipped: dict[str, Path]) -> str:
+    """The file that was meant, if it lies beside; else what is shipped."""
+    meant = f"{path}.map"
+    if os.path.isfile(meant):
+        return f"did you mean {meant}?"
     return f"shipped maps: {', '.join(shipped)}" if shipped else ""
 
 

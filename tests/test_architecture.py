@@ -16,8 +16,8 @@ PACKAGE = ROOT / "mapdsl"
 # What each part may import of mapdsl. `sizes` of the runtime knows no torch, so header checks may use it.
 ALLOWED = {
     "language": {"language", "resources"},
-    "compiler": {"language", "compiler", "resources", "runtime.sizes"},
-    "emit": {"language", "compiler", "emit", "resources", "runtime.sizes"},
+    "compiler": {"language", "compiler", "resources", "runtime.sizes", "runtime.codecs.storage"},
+    "emit": {"language", "compiler", "emit", "resources", "runtime.sizes", "runtime.codecs.storage"},
     "runtime": {"runtime"},
     "checkpoint": {"language", "compiler", "emit", "checkpoint", "runtime", "map", "resources"},
     "testing": {"language", "compiler", "emit", "checkpoint", "runtime", "testing", "map", "resources"},

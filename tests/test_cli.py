@@ -7,7 +7,6 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +113,40 @@ def test_bad_usage_is_status_2(words: list[str], good: Path, capsys: pytest.Capt
     assert ": error: " in shown.err
     _is_printable(shown.err)
     assert sorted(p.name for p in good.iterdir()) == ["config.json", "good.map"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["chek", "good.map"], "mapdsl: error: there is no command `chek`; did you mean check?"),
+        (["zzz"], "mapdsl: error: there is no command `zzz`; commands are check, compile, "),
+        (
+            ["check", "good.map", "--agianst=x"],
+            "check: error: unrecognized arguments: --agianst=x; did you mean --against?",
+        ),
+        (["maps", "--json"], "usage: mapdsl maps [-h]\nmapdsl maps: error: unrecognized arguments: --json\n"),
+    ],
+)
+def test_words_that_look_like_others(
+    words: list[str], expected: str, good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_map_without_its_suffix(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "good"]) == 1
+    assert "`good`\nhelp: did you mean good.map?\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["check", "fmt", "compile", "laws"])
+@pytest.mark.parametrize("name", ["pipe.map", "pipe"])
+def test_a_pipe_is_no_map(command: str, name: str, good: Path) -> None:
+    """To open it would be to wait for somebody who writes to it."""
+    os.mkfifo(good / name)
+    done = run(command, name, cwd=good, timeout=20)
+    assert done.returncode == 1
+    assert f"{name}: error[N116]: the file cannot be read: expected a regular file" in done.stdout + done.stderr
 
 
 BAD_INPUT = [
@@ -254,17 +287,19 @@ def test_a_closed_standard_output(good: Path) -> None:
 
 
 def test_control_c(good: Path) -> None:
-    os.mkfifo(good / "slow.map")
-    command = [sys.executable, "-m", "mapdsl", "check", "slow.map"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
-        with open(good / "slow.map", "wb") as slow:  # returns once the command has opened it to read
-            slow.write(b"map ")
-            slow.flush()
-            time.sleep(0.2)
-            process.send_signal(signal.SIGINT)
-            assert process.stderr is not None
-            assert process.stderr.read() == b""
+    command = [sys.executable, "-u", "-m", "mapdsl", "demo", "--keep", "kept"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=good
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        while not process.stdout.readline().startswith(b"4. mapdsl convert"):
+            pass
+        process.send_signal(signal.SIGINT)
+        assert b"Every byte" not in process.stdout.read()
+        assert process.stderr.read() == b""
         assert process.wait(60) == entry.INTERRUPTED
+    assert [path.name for path in (good / "kept").iterdir()] == ["released"]
 
 
 def test_names_that_the_terminal_cannot_show(good: Path) -> None:

@@ -132,6 +132,35 @@ def test_against_another_config(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "error[C501]: no rule reads a.1" in capsys.readouterr().out
 
 
+def test_against_a_checkpoint_of_the_other_side(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "names.list").write_text("b.{0..1} F32 2,3\n")
+    assert main(["check", "good.map", "--against", "names.list", "--param", "L=2"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.startswith("names.list: error[C501]: 2 of its 2 names are those of the native side\nhelp: ")
+    assert shown.endswith("\ngood.map: 1 error\n")
+
+
+def test_against_a_checkpoint_of_another_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "names.list").write_text("c.{0..1} F32 2,3\n")
+    (folder / "names.config.json").write_text('{"depth": 2}')
+    assert main(["check", "good.map", "--against", "names.list"]) == 1
+    assert "help: the config has no such field: is it that of another model?" in capsys.readouterr().out
+    assert main(["check", "good.map", "--against", "names.list", "--param", "L=2"]) == 1
+    shown = capsys.readouterr().out
+    assert "error[C501]: no rule reads c.0, c.1\n" in shown
+    assert "error[C502]: a.0, a.1 are missing\n" in shown
+
+
+def test_against_dtypes_that_cannot_be_laid_into_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "stack.map").write_text("map stack: hf <-> native\nindex e < 3\ne.{e} [x y] <-> all [e x y]\n")
+    (folder / "renames.map").write_text("map renames: hf <-> native\nindex e < 3\ne.{e} [x y] <-> r.{e} [x y]\n")
+    (folder / "names.list").write_text("e.{0,2} BF16 2,3\ne.1 F32 2,3\n")
+    assert main(["check", "stack.map", "--against", "names.list"]) == 1
+    shown = capsys.readouterr().out
+    assert "names.list: error[C504]: e.1 has dtype F32, expected BF16 as in the rest of its group\n" in shown
+    assert main(["check", "renames.map", "--against", "names.list"]) == 0
+
+
 def test_a_name_of_the_checkpoint_cannot_write_to_the_terminal(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,8 +149,23 @@ def test_a_guard_that_shuts_a_name_out(folder: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert "it does not apply under this config: its guard does not hold" in shown
     assert "goes to" not in shown
+
+
+def test_a_number_outside_of_its_range(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "moves.map", "layers.9.bias", *SIZES]) == 1
-    assert "a number lies outside the range of its index" in capsys.readouterr().out
+    stored, _ = capsys.readouterr().out.split("\n\n")
+    shown = [line.split(None, 1) for line in stored.splitlines()[1:]]
+    reason = "it does not apply under this config: a number lies outside the range of its index"
+    assert [text for label, text in shown if label in ("with", "but", "range")] == ["i = 9", reason, "0 <= i < L = 4"]
+
+
+def test_the_params_of_a_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "moves.map").write_text(
+        "map m: hf <-> native\nparam D = d\nparam T = t\nindex i < 4\na.{i} <-> b.{i} where i >= D and T[i] > 0\n"
+    )
+    lines = explained("a.3", "--param", "D=1", "--param", "T=[0,0,0,1]", capsys=capsys)
+    assert ("where", "i >= D and T[i] > 0  (D = 1)") in lines
 
 
 def test_a_wildcard_carries_only_what_no_rule_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

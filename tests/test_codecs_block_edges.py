@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -127,7 +126,7 @@ def test_same_is_a_tensor_with_a_scale_beside_it() -> None:
 def test_same_brings_every_bit_pattern_back(stored: torch.dtype, dtype: torch.dtype) -> None:
     one = codec("same", (None, None), squeeze=True)
     payload = random_bytes((257, 64), 13).view(stored)
-    for scale in (1.0, 0.37, 0.0, math.nan, 2.0**-130):
+    for scale in (1.0, 0.37, 0.0, 2.0**-130):
         assert_round_trip(one, {KEY: payload, BESIDE: torch.tensor(scale)}, dtype)
 
 
@@ -152,23 +151,28 @@ def test_errors_of_reading_name_the_stored_tensor() -> None:
     payload, scale = torch.ones(130, 7).to(torch.float8_e4m3fn), torch.ones(2, 1)
     refuse("R605", f"{BESIDE} is missing: {KEY} is stored as q", {KEY: payload})
     refuse("R605", f"{KEY} is missing", {BESIDE: scale})
-    refuse("R606", rf"{BESIDE} has shape \[1, 1\], .*\[130, 7\] in blocks of 128x128 needs scales of \[2, 1\]",
+    refuse("R606", rf"{BESIDE} has shape \[1, 1\], .*\[130, 7\], stored as q, needs \[2, 1\]",
            {KEY: payload, BESIDE: torch.ones(1, 1)})  # fmt: skip
     refuse("R606", rf"{BESIDE} has shape \[2, 2\]", {KEY: payload, BESIDE: torch.ones(2, 2)})
     refuse("C504", f"{KEY} is f8e5m2", {KEY: payload.view(torch.float8_e5m2), BESIDE: scale})
     refuse("C504", f"{BESIDE} is u8", {KEY: payload, BESIDE: scale.to(torch.uint8)})
-    refuse("C504", "not int32", {KEY: payload, BESIDE: scale}, dtype=torch.int32)
+    refuse("C504", "not i32", {KEY: payload, BESIDE: scale}, dtype=torch.int32)
     power = codec("f8e4m3", scale_dtypes=("f8e8m0",))
-    refuse("C504", f"{BESIDE} is f32, the scales of q are f8e8m0", {KEY: payload, BESIDE: scale}, power)
+    refuse("C504", f"{BESIDE} is f32, the map says f8e8m0", {KEY: payload, BESIDE: scale}, power)
     refuse(
-        "R606", f"{KEY} is a scalar", {KEY: torch.tensor(1, dtype=torch.int8), BESIDE: scale}, codec("f4e2m1", (1, 32))
+        "R606",
+        rf"{KEY} has shape \[\]",
+        {KEY: torch.tensor(1, dtype=torch.int8), BESIDE: scale},
+        codec("f4e2m1", (1, 32)),
     )
 
 
 def test_an_odd_row_cannot_be_packed() -> None:
     for call in (lambda: codec("f4e2m1", (1, 32)).encode(KEY, torch.ones(3, 5)),
                  lambda: codec("f4e2m1", (1, 32)).stored(KEY, (3, 5))):  # fmt: skip
-        with pytest.raises(ConversionError, match=rf"{KEY}: shape \[3, 5\] has no even last dimension") as caught:
+        with pytest.raises(
+            ConversionError, match=rf"{KEY}: the last dimension of \[3, 5\] is not a multiple of 2"
+        ) as caught:
             call()
         assert caught.value.code == "D401"
 
@@ -182,8 +186,8 @@ def test_a_foreign_complement_is_an_error() -> None:
     others = [
         (one.keep(KEY, small), r"of shape \[10, 7\], the tensor of \[130, 7\]"),
         (BlockScaled("other", "f8e4m3", (128, 128)).keep(KEY, parts), "of codec other, not q"),
-        (Kept("q", kept.dtype, kept.shape, kept.codes, None, {}), f"{BESIDE}: the complement holds no scales"),
-        (Kept("q", kept.dtype, kept.shape, kept.codes, None, {"scale": torch.ones(1, 2)}), "holds no scales"),
+        (Kept("q", kept.dtype, kept.shape, kept.codes, None, {}), f"{BESIDE}: the complement holds no scale of"),
+        (Kept("q", kept.dtype, kept.shape, kept.codes, None, {"scale": torch.ones(1, 2)}), "holds no scale of"),
         (Kept("q", kept.dtype, kept.shape, kept.codes[:3], None, kept.parts), "damaged"),
         (Kept("q", kept.dtype, kept.shape, kept.codes[0], torch.arange(7) + 904, kept.parts), "damaged"),
         (Kept("q", kept.dtype, kept.shape, kept.codes[0], torch.arange(6), kept.parts), "damaged"),

@@ -11,7 +11,7 @@ import torch
 
 from mapdsl.runtime.codecs.elements import MiniFloat, element_named
 from mapdsl.runtime.codecs.formats import as_bits, bits_differ, exact_cast, holds_nan
-from mapdsl.runtime.codecs.scales import scale_values, written_scale
+from mapdsl.runtime.codecs.scales import scale_values, written_powers, written_scale
 
 ALL_BYTES = torch.arange(256, dtype=torch.int32).to(torch.uint8)
 ALL_HALVES = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
@@ -92,16 +92,16 @@ def test_e8m0_scale_is_the_next_power_of_two() -> None:
         for exponent in range(-100, 100):
             exact = torch.tensor([largest * 2.0**exponent])
             below, above = (torch.nextafter(exact, torch.tensor(end)) for end in (0.0, math.inf))
-            written = written_scale(torch.cat([exact, below, above]) / largest, torch.float8_e8m0fnu)
-            assert written.view(torch.uint8).tolist() == [exponent + 127, exponent + 127, exponent + 128]
+            found = torch.cat([exact, below, above])
+            written = written_powers(found, found / largest, 0, "up")
+            assert written.tolist() == [exponent + 127, exponent + 127, exponent + 128]
 
 
 def test_scale_of_zeros_is_one_and_tiny_scales_stay_normal() -> None:
     ratios = torch.tensor([0.0, 2.0**-149, 1.0])
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu):
-        written = written_scale(ratios, dtype).float()
-        tiny = 2.0**-126 if dtype == torch.float8_e8m0fnu else torch.finfo(dtype).tiny
-        assert written.tolist() == [1.0, tiny, 1.0]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert written_scale(ratios, dtype).float().tolist() == [1.0, torch.finfo(dtype).tiny, 1.0]
+    assert written_powers(ratios, ratios, 0, "up").tolist() == [127, 1, 127]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

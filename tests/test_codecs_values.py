@@ -14,7 +14,7 @@ from torch import Tensor
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.formats import as_bits
 from mapdsl.runtime.codecs.kept import Kept
-from mapdsl.runtime.codecs.values import Add, Cast, NegExp
+from mapdsl.runtime.codecs.values import Add, Cast, NarrowCast, NegExp
 from mapdsl.runtime.errors import ConversionError
 
 WORKING = [torch.bfloat16, torch.float32, torch.float16]
@@ -156,10 +156,12 @@ def test_errors_of_reading() -> None:
     integers = torch.ones(3, dtype=torch.int32)
     assert code_of(lambda: cast.decode(KEY, {}), f"{KEY} is missing") == "R605"
     assert code_of(lambda: cast.decode(KEY, {KEY: torch.ones(3).half()}), f"{KEY} is f16, the map says f32") == "C504"
-    assert code_of(lambda: CHANGES[0].decode(KEY, {KEY: integers}), f"{KEY} is int32") == "C504"
-    assert code_of(lambda: CHANGES[0].encode(KEY, integers), "not int32") == "C504"
+    assert code_of(lambda: CHANGES[0].decode(KEY, {KEY: integers}), f"{KEY} is i32") == "C504"
+    assert code_of(lambda: CHANGES[0].encode(KEY, integers), "not i32") == "C504"
     with pytest.raises(ValueError, match="codec e: a cast is to"):
         Cast("e", "f8e4m3")
+    with pytest.raises(ValueError, match="codec e: a narrow cast is to"):
+        NarrowCast("e", "f32")
 
 
 @pytest.mark.parametrize("one", [*CHANGES, Cast("f32", "f32")], ids=lambda one: one.name)

@@ -157,7 +157,6 @@ def test_a_missing_expert(tmp_path):
     assert found.code == "R605"
     assert "layers.1.ffn.experts.1.w2.weight" in found.message
     assert found.subject.startswith(str(source))
-    assert "hf side" in found.help
     assert "ffn.experts.{e}.w2.weight" in found.help, "the rule"
 
 
@@ -242,6 +241,29 @@ def test_names_of_neither_side(tmp_path):
     assert "neither those of old nor those of new" in found.message
     assert "old:" in found.help
     assert "new:" in found.help
+
+
+@pytest.mark.parametrize("side", ["old", "new"])
+def test_the_side_that_it_is_already(side, tmp_path):
+    file, source = renames(tmp_path)
+    if side == "new":
+        mapdsl.convert(source, tmp_path / "there", file)
+        source = tmp_path / "there"
+    found = refused(source, tmp_path / "out", file, to=side)
+    assert found.code == "R605"
+    count = {"old": 4, "new": 4}[side]
+    other = {"old": "new", "new": "old"}[side]
+    assert f"{count} of its {count} names are those of the {side} side: did you mean --to {other}?" in found.help
+
+
+def test_the_side_is_told_where_it_was_guessed(tmp_path):
+    file, _ = renames(tmp_path)
+    most = {f"{i}.a": torch.randn(3, 4) for i in range(3)}
+    source = write_state(tmp_path / "most", most, {"n": 3})
+    assert "taken for" not in refused(source, tmp_path / "out", file).help
+    few = {"top": torch.zeros(1), "x": torch.zeros(1), "y": torch.zeros(1)}
+    source = write_state(tmp_path / "few", few, {"n": 3})
+    assert "this was taken for the old side, which has 1 of its 3 names" in refused(source, tmp_path / "out", file).help
 
 
 def test_names_of_both_sides(tmp_path):

@@ -38,6 +38,12 @@ def test_convert_tells_what_it_did(tmp_path, capsys):
     assert_same_files(tmp_path / "back", source)
 
 
+def test_a_side_file_of_renames_keeps_the_layout_alone(tmp_path, capsys):
+    file, source = renames(tmp_path)
+    assert main(["convert", str(source), str(tmp_path / "there"), "--map", str(file)]) == 0
+    assert f"  {SIDE_FILE} keeps the layout of the files for the way back\n" in capsys.readouterr().out
+
+
 def test_convert_tells_of_what_did_not_fit_and_was_edited(tmp_path, capsys):
     from mapdsl.checkpoint.checkpoint import open_checkpoint
     from mapdsl.checkpoint.tensors import LazyState

@@ -8,6 +8,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from conversions import MAP, assert_same_files, only, renames, write_state, write_tiny
 
 import mapdsl
+from mapdsl.checkpoint import sidecar
 from mapdsl.checkpoint.headers import read_header
 from mapdsl.checkpoint.sidecar import SIDE_FILE, SideFile
 from mapdsl.language.diagnostics import MapError
@@ -115,6 +117,43 @@ def test_a_side_file_of_another_version_of_the_map(tmp_path):
     found = refused(tmp_path / "there", file)
     assert found.code == "R607"
     assert "another version of map `renames`" in found.message
+
+
+def test_comments_layout_order_and_examples_make_no_other_version(tmp_path):
+    file, source = renames(tmp_path)
+    mapdsl.convert(source, tmp_path / "there", file)
+    header, *lines = file.read_text().splitlines()
+    example = "example top -> head"
+    file.write_text("\n".join(["# What moves.", header, *reversed(lines), example, ""]).replace("   <->", " <->"))
+    mapdsl.convert(tmp_path / "there", tmp_path / "back", file)
+    assert_same_files(tmp_path / "back", source)
+
+
+def test_a_side_file_that_does_not_fit_is_told_where_no_side_is_asked_for(tmp_path):
+    file, source = renames(tmp_path)
+    mapdsl.convert(source, tmp_path / "there", file)
+    file.write_text(file.read_text() + "\nextra <-> extra optional\n")
+    with pytest.raises(MapError) as caught:
+        mapdsl.convert(tmp_path / "there", tmp_path / "back", file)
+    found = only(caught.value)
+    assert (found.code, found.subject) == ("R607", str(tmp_path / "there" / SIDE_FILE))
+    assert found.help.startswith("use the map as it was then, or convert without the side file (--no-complement)")
+
+
+def test_a_disk_that_is_full_when_the_side_file_comes(tmp_path, monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    file = tmp_path / "drops.map"
+    file.write_text("map drops: old <-> new\na <-> b\nc -> _\n")
+    source = write_state(tmp_path / "source", {"a": torch.ones(1), "c": torch.zeros(1)})
+    monkeypatch.setattr(sidecar, "shutil", SimpleNamespace(copyfileobj=full))
+    with pytest.raises(MapError) as caught:
+        mapdsl.convert(source, tmp_path / "there", file)
+    found = only(caught.value)
+    assert (found.code, found.subject) == ("C507", str(tmp_path / "there" / SIDE_FILE))
+    assert "no space left on device" in found.message
+    assert not list(tmp_path.glob(".there*"))
 
 
 def test_an_included_map_counts_as_the_maps_text(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from mapdsl.compiler.expand import expand
 from mapdsl.language.diagnostics import MapError
 from mapdsl.map import load
 from mapdsl.runtime.errors import ConversionError
@@ -198,8 +199,53 @@ def test_partial_states() -> None:
 def test_one_tied_tensor_alone() -> None:
     adapter = map_of("w <-> w\n_ <-> head = w\n").adapter({})
     assert [name for name, _ in adapter.write_one("w", ZEROS(2))] == ["w"]
-    with pytest.raises(ConversionError, match="R605"):
-        adapter.write_one("head", ZEROS(2))
+    assert adapter.write_one("head", ZEROS(2)) == []
+    with pytest.raises(ConversionError, match=r"R605.*w is missing: head is tied to it"):
+        adapter.write({"head": ZEROS(2)})
+    assert adapter.write({"head": ZEROS(2)}, partial=True) == {}
+    with pytest.raises(ConversionError, match=r"R601"):
+        adapter.write({"w": ZEROS(2), "head": ZEROS(2) + 1}, partial=True)
+
+
+def test_a_tied_tensor_has_a_shape() -> None:
+    text = "param V\nparam D\nembed [V D] <-> embed\n_ <-> head [V d] = embed\nalso <-> _ = embed\n"
+    adapter = map_of(text).adapter({"V": 5, "D": 3})
+    assert adapter.right_keys() == {"embed": ((5, 3), None), "head": ((5, 3), None)}
+    assert adapter.left_keys() == {"embed": ((5, 3), None), "also": ((5, 3), None)}
+    expansion = expand(map_of(text).checked, {"V": 5, "D": 3})
+    for side in ("left", "right"):
+        assert {key.shape for key in expansion.keys(side)} == {(5, 3)}
+    with pytest.raises(ConversionError, match=r"R606.*head.*expected 5"):
+        adapter.write_one("head", ZEROS(4, 3))
+
+
+def test_a_tied_tensor_in_blocks_has_their_shapes() -> None:
+    text = "codec fp8 = block_scaled(f8e4m3, block=2x2)\nparam D\na.w [4 D] as fp8 <-> a\nb.w as fp8 <-> _ = a.w\n"
+    keys = map_of(text).adapter({"D": 6}).left_keys()
+    assert (keys["b.w"], keys["b.scale"]) == (keys["a.w"], keys["a.scale"])
+    found = {key.name: key.shape for key in expand(map_of(text).checked, {"D": 6}).keys("left")}
+    assert found == {name: shape for name, (shape, _) in keys.items()}
+    assert found["b.scale"] == (2, 3)
+
+
+def test_a_format_that_does_not_fit_is_told_by_every_list_of_names() -> None:
+    text = "codec fp4 = block_scaled(f4e2m1, block=1x32)\nparam D\nx.w [4 D] as fp4|raw <-> x\n"
+    adapter, expansion = map_of(text).adapter({"D": 7}), expand(map_of(text).checked, {"D": 7})
+    found = []
+    for listing in (
+        adapter.left_keys,
+        lambda: adapter.write({"x": ZEROS(4, 7)}, quantization=True),
+        lambda: expansion.keys("left"),
+    ):
+        with pytest.raises((ConversionError, MapError)) as caught:
+            listing()
+        text = str(caught.value)
+        found.append(text[text.index("D401") :].partition("\n")[0])
+    assert len(set(found)) == 1
+    assert "x.w" in found[0]
+    assert "[4, 7]" in found[0]
+    assert adapter.left_keys(quantization=False) == {"x.w": ((4, 7), None)}
+    assert [key.shape for key in expansion.keys("left", quantization=False)] == [(4, 7)]
 
 
 def test_no_experts_is_no_tensor_on_either_side() -> None:

@@ -1,113 +1,14 @@
-"""Guards: verdicts, models and values of expressions. Expressions are written as Python and turned into trees."""
+"""Guards: which exclude each other, which meet, and in which smallest config. Written as Python, see `expr`."""
 
 from __future__ import annotations
 
-import ast
-import itertools
 import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from mapdsl.compiler.formula import (
-    EvaluationError,
-    MissingValueError,
-    Scope,
-    Verdict,
-    decide,
-    evaluate,
-    evaluate_params,
-    names_in,
-    rename,
-    show,
-)
-from mapdsl.language import tree
-from mapdsl.language.source import Source, Span
-
-HERE = Span(Source("test.map", ""), 0, 0)
-OPERATORS = {
-    ast.Add: "+",
-    ast.Sub: "-",
-    ast.Mult: "*",
-    ast.FloorDiv: "//",
-    ast.Mod: "%",
-    ast.Eq: "==",
-    ast.NotEq: "!=",
-    ast.Lt: "<",
-    ast.LtE: "<=",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-    ast.In: "in",
-    ast.And: "and",
-    ast.Or: "or",
-    ast.Not: "not",
-    ast.USub: "-",
-}
-
-
-def expr(text: str) -> tree.Expr:
-    """`default(a, b)` stands for `a ?? b`, `has("x")` for `has(x)`."""
-    return convert(ast.parse(text, mode="eval").body)
-
-
-def operation(symbol: str, *operands: tree.Expr) -> tree.Expr:
-    return tree.Operation(symbol, operands, span=HERE)
-
-
-def convert(node: ast.expr) -> tree.Expr:
-    match node:
-        case ast.Constant(value=bool(value)):
-            return tree.Boolean(value, span=HERE)
-        case ast.Constant(value=str(value)):
-            return tree.String(value, span=HERE)
-        case ast.Constant(value=value):
-            return tree.Number(value, span=HERE)
-        case ast.Name(id="true" | "false" as name):
-            return tree.Boolean(name == "true", span=HERE)
-        case ast.Name() | ast.Attribute():
-            return tree.Name(ast.unparse(node), span=HERE)
-        case ast.List(elts=items):
-            return tree.ListLiteral(tuple(map(convert, items)), span=HERE)
-        case ast.Subscript(value=value, slice=index):
-            return tree.Lookup(convert(value), convert(index), span=HERE)
-        case ast.BinOp(left=left, op=op, right=right):
-            return operation(OPERATORS[type(op)], convert(left), convert(right))
-        case ast.UnaryOp(op=op, operand=operand):
-            return operation(OPERATORS[type(op)], convert(operand))
-        case ast.BoolOp(op=op, values=values):
-            return operation(OPERATORS[type(op)], *map(convert, values))
-        case ast.Compare(left=left, ops=[ast.NotIn()], comparators=[right]):
-            return operation("not", operation("in", convert(left), convert(right)))
-        case ast.Compare(left=left, ops=[op], comparators=[right]):
-            return operation(OPERATORS[type(op)], convert(left), convert(right))
-        case ast.Call(func=ast.Name(id="default"), args=options):
-            return tree.Default(tuple(map(convert, options)), span=HERE)
-        case ast.Call(func=ast.Name(id="has"), args=[ast.Constant(value=text)]):
-            return tree.Has(tree.Template((tree.Text(text, span=HERE),), span=HERE), span=HERE)
-        case ast.Call(func=ast.Name(id=function), args=arguments):
-            return tree.Call(function, tuple(map(convert, arguments)), span=HERE)
-    raise AssertionError(ast.dump(node))
-
-
-def scope(params: dict[str, str] | None = None, distinct: tuple[str, ...] = (), **indices: str) -> Scope:
-    """`i="L"` is `index i < L`, `i="3..L"` is `index 3 <= i < L`, `i="3.."` has no end."""
-    bounds = {}
-    for name, text in indices.items():
-        lower, dots, upper = text.partition("..")
-        bounds[name] = (expr(lower), expr(upper) if upper else None) if dots else (None, expr(text))
-    definitions = {name: expr(text) for name, text in (params or {}).items()}
-    return Scope(definitions, bounds, frozenset(distinct))
-
-
-def ask(where: Scope, *facts: str, used: tuple[str, ...] = (), **options: int) -> Verdict:
-    verdict = decide(where, [expr(fact) for fact in facts], used, **options)
-    if verdict.status == "open":
-        for fact in facts:
-            assert evaluate(expr(fact), verdict.model) is True
-    return verdict
-
+from mapdsl.compiler.formula import Scope, decide
+from tests.helpers.expressions import ask, expr, operation, scope
 
 DEEPSEEK = {
     "L": "num_hidden_layers",
@@ -123,9 +24,6 @@ DEEPSEEK = {
 }
 MAP = scope(DEEPSEEK, i="L", i2="L", k="M", k2="M", a="len(full)", a2="len(full)", b="len(sliding)", tail="L..")
 GRID = scope({"P": "parts", "Q": "rows"}, o="Q", o2="Q", s="P", s2="P")
-
-
-# --- guards that exclude each other --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -259,7 +157,7 @@ def test_empty_question_is_open():
     assert ask(MAP).status == "open"
 
 
-# --- guards that meet: the smallest config -------------------------------------------------------------------------
+# --- guards that meet: the smallest config ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -360,7 +258,7 @@ def test_or_does_not_look_where_python_does_not():
     assert ask(MAP, "compress_ratios[i] == 4 or i > 2", "len(compress_ratios) == 0").status == "unknown"
 
 
-# --- verdicts that are none ----------------------------------------------------------------------------------------
+# --- verdicts that are none ------------------------------------------------------------------------------------------
 
 
 def test_unknown_says_what_was_tried():
@@ -412,206 +310,3 @@ def test_long_lists_are_no_witness():
 def test_verdicts_are_remembered():
     facts = [expr("i % 4 == 3"), expr("i > H")]
     assert decide(MAP, facts) is decide(MAP, list(facts))
-
-
-# --- random formulas against enumeration ---------------------------------------------------------------------------
-
-BOX = scope({"A": "a", "B": "default(b, 2)", "t": "default(flag, false)"}, i="A", j="1..4")
-SMALL = ["A < 4", "B < 4"]
-LISTS = [list(items) for n in range(4) for items in itertools.product((0, 2), repeat=n)]
-
-
-def configs(with_lists: bool) -> list[dict[str, Any]]:
-    """All values in the box that the random formulas are confined to."""
-    found = []
-    for a, b, flag in itertools.product(range(4), (None, 0, 1, 2, 3), (None, False, True)):
-        for xs in LISTS if with_lists else [[]]:
-            config = {"a": a, "b": b, "flag": flag, "xs": xs}
-            found.append(evaluate_params(BOX.params, config) | {"xs": xs})
-    return found
-
-
-def holds(facts: list[tree.Expr], values: dict[str, Any]) -> bool:
-    try:
-        return all(evaluate(fact, values) for fact in facts)
-    except EvaluationError:
-        return False
-
-
-def is_satisfied(facts: list[tree.Expr], with_lists: bool) -> bool:
-    return any(
-        holds(facts, {**config, "i": i, "j": j})
-        for config in configs(with_lists)
-        for i in range(config["A"])
-        for j in range(1, 4)
-    )
-
-
-def formulas(with_lists: bool, with_foreign: bool) -> st.SearchStrategy[str]:
-    names = st.sampled_from(["i", "j", "A", "B"])
-    number = st.integers(-1, 4).map(str)
-    factor = st.integers(2, 4)
-    terms = names | number | st.builds("({} + {})".format, names, number) | st.builds("({} - {})".format, names, names)
-    terms |= st.builds("({} * {})".format, st.integers(-3, 3), names)
-    terms |= st.builds("({} % {})".format, terms, factor) | st.builds("({} // {})".format, terms, factor)
-    if with_foreign:
-        terms |= st.builds("({} {} {})".format, names, st.sampled_from(["*", "%", "//"]), names)
-    if with_lists:
-        terms |= st.builds("xs[{}]".format, names) | st.just("len(xs)")
-    symbols = st.sampled_from(["==", "!=", "<", "<=", ">", ">="])
-    atoms = st.builds("{} {} {}".format, terms, symbols, terms) | st.sampled_from(["t", "true", "(i < j) == t"])
-    atoms |= st.builds("{} in [0, {}]".format, terms, factor)
-    return st.recursive(
-        atoms,
-        lambda inner: (
-            st.builds("({} and {})".format, inner, inner)
-            | st.builds("({} or {})".format, inner, inner)
-            | st.builds("(not {})".format, inner)
-        ),
-        max_leaves=5,
-    )
-
-
-def check_against_enumeration(texts: list[str], with_lists: bool) -> str:
-    status = ask(BOX, *texts, *SMALL, used=("i", "j")).status
-    satisfied = is_satisfied([expr(text) for text in texts], with_lists)
-    if status == "closed":
-        assert not satisfied
-    if status == "open" and not with_lists:
-        assert satisfied
-    return status
-
-
-@settings(max_examples=250, deadline=None)
-@given(st.lists(formulas(with_lists=False, with_foreign=False), min_size=1, max_size=3))
-def test_linear_formulas_are_decided(texts: list[str]):
-    assert check_against_enumeration(texts, with_lists=False) in ("open", "closed")
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(formulas(with_lists=False, with_foreign=True), min_size=1, max_size=3))
-def test_closed_is_a_proof_beyond_linear_arithmetic(texts: list[str]):
-    check_against_enumeration(texts, with_lists=False)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(formulas(with_lists=True, with_foreign=False), min_size=1, max_size=2))
-def test_closed_is_a_proof_for_lists(texts: list[str]):
-    check_against_enumeration(texts, with_lists=True)
-
-
-# --- values of expressions -----------------------------------------------------------------------------------------
-
-VALUES = {"n": 7, "t": True, "s": "a", "xs": [0, 4, None, 4], "x.y": 3, "null": None, "rate": 0.5, "has(w)": True}
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("n + 2 * 3 - 1", 12),
-        ("n // 2 + n % 4", 6),
-        ("(0 - n) % 4", 1),
-        ("(0 - n) // 4", -2),
-        ("-n", -7),
-        ("n * 2 * 2", 28),
-        ("x.y", 3),
-        ("rate * 2", 1.0),
-        ("n == 7 and t", True),
-        ("n < 7 or not t", False),
-        ("t or missing", True),
-        ("s == 'a'", True),
-        ("s != 3", True),
-        ("s in ['b', 'a']", True),
-        ("n in xs", False),
-        ("xs[1]", 4),
-        ("xs[n - 6]", 4),
-        ("len(xs)", 4),
-        ("positions(xs, 4)", [1, 3]),
-        ("positions(xs, 4)[1]", 3),
-        ("[n, 2][0]", 7),
-        ("has('w')", True),
-        ("default(missing, null, n)", 7),
-        ("default(missing + 1, 5)", 5),
-        ("default(xs[2], 6)", 6),
-        ("default(n, missing)", 7),
-    ],
-)
-def test_values(text: str, value: Any):
-    found = evaluate(expr(text), VALUES)
-    assert (found, type(found)) == (value, type(value))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("missing", "missing has no value"),
-        ("null", "null has no value"),
-        ("default(missing, null)", "null has no value"),
-        ("has('v')", "has(v) has no value"),
-        ("size(tp)", "size(tp) has no value"),
-        ("xs[2]", "xs[2] has no value"),
-        ("xs[4]", "xs has 4 elements, and no element 4"),
-        ("xs[-1]", "xs has 4 elements, and no element -1"),
-        ("xs[t]", "a position is an integer, not a boolean"),
-        ("default(xs[9], 1)", "xs has 4 elements, and no element 9"),
-        ("n // (n - 7)", "division by zero"),
-        ("n % 0", "division by zero"),
-        ("s + 1", "s is a string, where a number is needed"),
-        ("t * 2", "t is a boolean, where a number is needed"),
-        ("t < 2", "t is a boolean, where a number is needed"),
-        ("xs < 2", "xs is a list, where a number is needed"),
-        ("n and t", "n is an integer, where true or false is needed"),
-        ("not s", "s is a string, where true or false is needed"),
-        ("len(n)", "n is an integer, where a list is needed"),
-        ("n in s", "s is a string, where a list is needed"),
-        ("s[0]", "s is a string, where a list is needed"),
-        ("big * big", "big * big is absurdly large"),
-    ],
-)
-def test_errors(text: str, message: str):
-    with pytest.raises(EvaluationError) as caught:
-        evaluate(expr(text), {**VALUES, "big": 10**200})
-    assert caught.value.message == message
-    assert isinstance(caught.value, MissingValueError) == ("no value" in message)
-
-
-def test_an_error_points_at_the_expression():
-    with pytest.raises(EvaluationError) as caught:
-        evaluate(expr("n + xs[4]"), VALUES)
-    assert caught.value.expr == expr("xs[4]")
-
-
-def test_params_in_any_order():
-    params = {"c": expr("b + a"), "b": expr("default(x, 2)"), "a": expr("a"), "x": expr("y")}
-    assert evaluate_params(params, {"a": 1, "y": 5, "x": 9}) == {"c": 6, "b": 5, "a": 1, "x": 5}
-    assert evaluate_params(params, {"a": 1}, given={"x": 3, "c": 0}) == {"c": 0, "b": 3, "a": 1, "x": 3}
-
-
-def test_params_in_a_ring():
-    with pytest.raises(EvaluationError, match="params need each other: a, b"):
-        evaluate_params({"a": expr("b"), "b": expr("a + 1")}, {})
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["i + 1", "(a + b) * (-c)", "not (a == b)", "x[i % 2]", "a ?? (b + 1)", "len(x)", 'positions(x, "v")', "[1, true]"],
-)
-def test_show(text: str):
-    python = text.replace("a ?? (b + 1)", "default(a, b + 1)")
-    assert show(expr(python)) == text
-
-
-def test_show_templates():
-    parts = (
-        tree.Text("layers.", span=HERE),
-        tree.NumberHole(expr("i + 1"), span=HERE),
-        tree.EnumHole("j", ("a", "b"), span=HERE),
-        tree.WildcardHole(None, many=True, span=HERE),
-    )
-    assert show(tree.Has(tree.Template(parts, span=HERE), span=HERE)) == "has(layers.{i + 1}{j:a|b}{..})"
-
-
-def test_rename():
-    renamed = rename(expr("i + k < x[i] and not has('i')"), {"i": "i2", "k": "i"})
-    assert renamed == expr("i2 + i < x[i2] and not has('i')")
-    assert names_in(renamed) == {"i", "i2", "x"}

@@ -7,6 +7,7 @@ Findings of one kind on one rule are told together: a wrong rule is wrong in eve
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,19 +16,20 @@ from mapdsl.checkpoint.checkpoint import Checkpoint
 from mapdsl.checkpoint.headers import StoredTensor
 from mapdsl.compiler import ir
 from mapdsl.compiler.check import Checked
-from mapdsl.compiler.codecs import AnyCodec, Codec
+from mapdsl.compiler.codecs import AnyCodec
 from mapdsl.compiler.expand import Expansion, Match, Named, expand, param_values
 from mapdsl.compiler.formula import evaluate, show
-from mapdsl.compiler.names import Pattern, Wildcard, number_holes, patterns, read
+from mapdsl.compiler.names import Pattern, Wildcard, number_holes, patterns, read, spelled
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic, MapError, ordered
 from mapdsl.language.source import Span
+from mapdsl.runtime.codecs.storage import Storage
 from mapdsl.runtime.sizes import SizeError, axis_sizes
 
 SHOWN = 3
 # A config of another model, or a broken one: no use in listing a million names.
 TOO_MANY = 10_000
-RAW = Codec("raw", "raw")
+RAW = Storage("raw", "raw")
 
 
 @dataclass
@@ -104,6 +106,8 @@ class _Comparison:
                 for match in self.expansion.matches(number):
                     self._match(match, rule)
         self._wildcards()
+        if self._is_other_side():
+            return
         self._leftovers()
         self._report()
 
@@ -183,8 +187,11 @@ class _Comparison:
             self._missing(match, rule, names, missing)
             return
         sizes = self.expansion.sizes(match)
+        dtypes: dict[str, str] = {}
         for named in names:
-            self._tensor(match, rule, named, sizes)
+            self._tensor(match, rule, named, sizes, dtypes)
+        if len(set(dtypes.values())) > 1 and len(list(self.expansion.names(match, "right"))) == 1:
+            self._mixed(match, dtypes)
 
     def _is_there(self, named: Named, rule: ir.Rule) -> bool:
         codecs = self.expansion.codecs(rule.left[named.place])
@@ -192,7 +199,8 @@ class _Comparison:
 
     def _missing(self, match: Match, rule: ir.Rule, names: list[Named], missing: list[Named]) -> None:
         whole = len(missing) == len(names)
-        if whole and (rule.optional or rule.arrow == "->"):
+        may_be_absent = rule.optional or rule.arrow == "->"
+        if whole and (may_be_absent or self.expansion.is_empty(match, self.expansion.sizes(match))):
             return
         if not whole:  # the rest of the group, companions too, is not worth a second finding
             for named in names:
@@ -206,11 +214,22 @@ class _Comparison:
         what = "are missing" if whole else "are missing, the rest of their group is there"
         self._together("C502", match.rule, what, [named.name for named in missing])
 
-    def _tensor(self, match: Match, rule: ir.Rule, named: Named, sizes: dict[str, int]) -> None:
+    def _mixed(self, match: Match, dtypes: dict[str, str]) -> None:
+        """Tensors that are laid into one as they are, and of several dtypes."""
+        ((usual, _),) = Counter(dtypes.values()).most_common(1)
+        for name, dtype in dtypes.items():
+            if dtype != usual:
+                what = f"has dtype {dtype}, expected {usual} as in the rest of its group"
+                self._together("C504", match.rule, what, [name])
+
+    def _tensor(self, match: Match, rule: ir.Rule, named: Named, sizes: dict[str, int], dtypes: dict[str, str]) -> None:
+        """Hold one tensor against its rule and take it; the dtype of one that is stored as it is goes to `dtypes`."""
         codec = self._format(match, rule, named)
         if codec is None:
             return
         payload = codec.names(named.name)[0]
+        if codec.kind == "raw":
+            dtypes[payload] = self.left[payload].dtype
         logical = codec.logical_shape(self.left[payload].shape)
         pattern = self.expansion.pattern(match.rule, "left", named.place)
         if pattern is not None:
@@ -295,6 +314,18 @@ class _Comparison:
         ]
         return {n for n in self.left for p, _ in guarded if not p.is_wild and self._bound(p, n, None) is not None}
 
+    def _is_other_side(self) -> bool:
+        """Whether no tensor is of the stored side but most are of the other; told once, not name by name."""
+        if self.summary.formats or self.summary.dropped or self.summary.carried:
+            return False
+        there = sum(key.name in self.left for key in self.expansion.keys("right"))
+        if 2 * there <= self.summary.tensors:
+            return False
+        message = f"{there:,} of its {self.summary.tensors:,} names are those of the {self.map.right} side"
+        advice = f"a map is held against a checkpoint of the stored side, {self.map.left}"
+        self.found = [Diagnostic("C501", message, subject=self.subject, help=advice)]
+        return True
+
     def _leftovers(self) -> None:
         groups: dict[str, list[str]] = {}
         for name in self.left:
@@ -334,13 +365,7 @@ def _offset(expr: tree.Expr, index: str, values: Mapping[str, Any]) -> int | Non
 
 
 def _filled(pattern: Pattern, values: Mapping[str, Any], texts: Mapping[str, str]) -> str:
-    segments = []
-    for segment in pattern.segments:
-        if isinstance(segment, Wildcard):
-            segments.append(texts[segment.name])
-        else:
-            segments.append("".join(t if isinstance(t, str) else str(evaluate(t.value, values)) for t in segment))
-    return ".".join(segments)
+    return spelled(pattern, lambda expr: evaluate(expr, values), lambda wildcard: texts[wildcard.name])
 
 
 def _listed(names: list[str]) -> str:

@@ -156,7 +156,7 @@ def _write(plan: Plan, layout: list[FileLayout], destination: Path, *, progress:
     """The pass over the tensors, into a writer; commits it when all went well."""
     checkpoint = plan.request.checkpoint
     keeps = plan.to_right and plan.request.use_complement
-    kept = SideWriter(destination.parent) if keeps else None
+    kept = SideWriter(destination) if keeps else None
     same_index = plan.restored is not None and plan.side is not None
     try:
         with CheckpointWriter(destination, layout=layout, write_index=not same_index) as writer:
@@ -239,7 +239,7 @@ def _write_side_file(plan: Plan, writer: CheckpointWriter, kept: SideWriter) -> 
     layout = layout_of(checkpoint) if checkpoint.kind == "safetensors" else []
     headers = {file.name: file.header[LENGTH_BYTES:].decode("utf-8") for file in layout}
     origin = origin_of(plan, headers, _index(checkpoint))
-    kept.finish(writer.new_file(SIDE_FILE), origin, complement.found, complement.spelled)
+    kept.finish(writer.new_file(SIDE_FILE), origin, complement.found, complement.spelled, complement.decoded)
 
 
 def _index(checkpoint: Checkpoint) -> tuple[str, str] | None:

@@ -21,7 +21,10 @@ from mapdsl.checkpoint.files import parse_object, read_text
 from mapdsl.checkpoint.layout import Entry, FileLayout
 from mapdsl.checkpoint.sidecar import SIDE_FILE, Forgetful, Origin, SideFile
 from mapdsl.checkpoint.window import Window
+from mapdsl.language import tree
 from mapdsl.language.diagnostics import MapError, error
+from mapdsl.language.syntax import parse
+from mapdsl.language.unparse import unparse_header, unparse_statement
 from mapdsl.map import Map
 from mapdsl.runtime.adapter import Adapter
 from mapdsl.runtime.errors import ConversionError
@@ -30,6 +33,13 @@ _HELP = {
     "R607": "convert without the side file (--no-complement): scales are then computed anew",
     "N115": "give the config of the stored side with --config, or the param with --param",
 }
+
+
+def _meaning(file: tree.File) -> str:
+    """The statements that say how tensors move, in canonical spelling, in the order of their texts."""
+    held = (statement for statement in file.statements if not isinstance(statement, (tree.Example, tree.Law)))
+    header = [unparse_header(file.header)] if file.header is not None else []
+    return "\n".join([*header, *sorted(map(unparse_statement, held))])
 
 
 class OptionError(ValueError):
@@ -55,9 +65,12 @@ class Request:
 
     @cached_property
     def map_hash(self) -> str:
-        """A digest of the map's text and of those that it includes."""
-        texts = {rule.span.source.text for rule in self.map.checked.map.rules} - {self.map.source.text}
-        return hashlib.sha256("\0".join([self.map.source.text, *sorted(texts)]).encode("utf-8")).hexdigest()
+        """A digest of what the map and those that it includes say: comments, layout and order are not part of it."""
+        resolved = self.map.checked.map
+        included = {rule.span.source.text: rule.span.source for rule in resolved.rules}
+        included.pop(self.map.source.text, None)
+        texts = [_meaning(resolved.file), *sorted(_meaning(parse(source)) for source in included.values())]
+        return hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest()
 
     def side_file(self) -> SideFile | None:
         """The side file beside the checkpoint's files, if there is one and it is wanted.
@@ -71,7 +84,9 @@ class Request:
         if side.origin.map_hash != self.map_hash:
             same = side.origin.map_name == self.map.checked.map.name
             message = f"it was made with another {'version of ' * same}map `{side.origin.map_name}`"
-            raise error("R607", f"the side file does not fit: {message}", subject=str(path), help=_HELP["R607"])
+            advice = f"use {'the map as it was then' if same else 'that map'}, or"
+            message = f"the side file does not fit: {message}"
+            raise error("R607", message, subject=str(path), help=f"{advice} {_HELP['R607']}")
         if found := sorted(set(side.origin.names) ^ self.checkpoint.tensors.keys()):
             where = "is not there" if found[0] in side.origin.names else "was not there then"
             message = f"it was made with {len(side.origin.names):,} tensors, found {len(self.checkpoint.tensors):,}"
@@ -116,7 +131,7 @@ def choose_plan(request: Request, to: str | None) -> Plan:
     if to is not None:
         if to not in sides:
             raise OptionError(f"the map has the sides {sides[0]} and {sides[1]}, and no `{to}`")
-        return make_plan(request, to_right=to == sides[1])
+        return _asked_plan(request, to_right=to == sides[1])
     plans: list[Plan] = []
     errors: dict[bool, MapError] = {}
     for to_right in (True, False):
@@ -133,6 +148,25 @@ def choose_plan(request: Request, to: str | None) -> Plan:
     raise _neither(request, errors)
 
 
+def _asked_plan(request: Request, *, to_right: bool) -> Plan:
+    """The plan for a side that was asked for; where it fails on a checkpoint of that very side, a note says so."""
+    try:
+        return make_plan(request, to_right=to_right)
+    except MapError as problem:
+        there, here = (_hits(request, to_right=way) for way in (not to_right, to_right))
+        if there <= here:
+            raise
+        side, other = request.sides[to_right], request.sides[not to_right]
+        count = f"{there:,} of its {len(request.checkpoint.tensors):,} names"
+        raise _noted(problem, f"{count} are those of the {side} side: did you mean --to {other}?") from None
+
+
+def _noted(problem: MapError, note: str) -> MapError:
+    """The same error, with one more line of help."""
+    *others, last = problem.diagnostics
+    return MapError([*others, replace(last, help="\n".join([last.help, note]).strip())])
+
+
 def _neither(request: Request, errors: dict[bool, MapError]) -> MapError:
     """The error of the side that the checkpoint looks most like; a general one if it looks like neither."""
     if errors[True] == errors[False]:  # of the config, say, which has nothing to do with sides
@@ -145,21 +179,29 @@ def _neither(request: Request, errors: dict[bool, MapError]) -> MapError:
         return error("C501", message, subject=str(request.checkpoint.path), help="\n".join(reasons))
     way = hits[True] > hits[False]
     side = left if way else right
+    if not hits[not way] and 2 * hits[way] >= count:
+        return errors[way]
     note = f"this was taken for the {side} side, which has {hits[way]:,} of its {count:,} names; --to says otherwise"
-    *others, last = errors[way].diagnostics
-    return MapError([*others, replace(last, help="\n".join([last.help, note]).strip())])
+    return _noted(errors[way], note)
 
 
 def _hits(request: Request, *, to_right: bool) -> int:
     """How many of the checkpoint's names are among those that the map and the config give to the side it would be."""
     with contextlib.suppress(MapError, ConversionError):
-        side = None if to_right else request.side_file()
-        adapter, _ = _adapter(request, side)
+        adapter, _ = _adapter(request, None if to_right else _fitting(request))
         listed: set[str] = set()
         for quantization in (True, False):
             listed |= (adapter.left_keys(quantization=quantization) if to_right else adapter.right_keys()).keys()
         return len(listed & request.checkpoint.tensors.keys())
     return 0
+
+
+def _fitting(request: Request) -> SideFile | None:
+    """The side file, if there is one and it fits."""
+    try:
+        return request.side_file()
+    except MapError:
+        return None
 
 
 def make_plan(request: Request, *, to_right: bool) -> Plan:
@@ -198,6 +240,8 @@ def run_plan(
     """Run the conversion once, over meta tensors or real ones; `entries` are those of the adapter's complement."""
     request, adapter, complement = plan.request, plan.adapter, plan.adapter.complement
     complement.entries, complement.right = entries, Forgetful()
+    if plan.side is not None:
+        complement.decoded = dict(plan.side.decoded)
     with _placing(request.checkpoint):
         if plan.to_right:
             adapter.read_into(state, sink, read_back, dtype=request.dtype or torch.bfloat16)

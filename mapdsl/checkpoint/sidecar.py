@@ -78,11 +78,12 @@ class Origin:
 class SideWriter(MutableMapping[str, Entry]):
     """Takes what codecs keep, as the `entries` of an adapter's complement, to disk; nothing can be read from it.
 
-    Until `finish` all lies in nameless temporary files in `folder`, which vanish with the process.
+    Until `finish` all lies in nameless temporary files beside `destination`, the folder that the conversion makes;
+    they vanish with the process.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, destination: Path) -> None:
+        self._destination = destination
         self._spools: dict[int, IO[bytes]] = {}
         self._headers: dict[int, dict[str, tuple[str, list[int], int]]] = {width: {} for width in _WIDTHS}
         self._forms: dict[str, int] = {}
@@ -109,7 +110,14 @@ class SideWriter(MutableMapping[str, Entry]):
         """Keep a stored tensor as it is."""
         self._stored[name] = self._add(f"{name}|stored", tensor, 0)
 
-    def finish(self, path: Path, origin: Origin, found: Mapping[str, bool], spelled: Mapping[str, str]) -> None:
+    def finish(
+        self,
+        path: Path,
+        origin: Origin,
+        found: Mapping[str, bool],
+        spelled: Mapping[str, str],
+        decoded: Mapping[str, torch.dtype],
+    ) -> None:
         """Write the side file. Raises a MapError, C507, where the disk fails or the header becomes too large."""
         record = {
             "origin": asdict(origin),
@@ -118,8 +126,9 @@ class SideWriter(MutableMapping[str, Entry]):
             "stored": self._stored,
             "found": dict(found),
             "spelled": dict(spelled),
+            "decoded": {name: dtype_name(dtype) for name, dtype in decoded.items()},
         }
-        header = self._header(path, record)
+        header = self._header(record)
         try:
             with path.open("xb") as file:
                 file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
@@ -128,7 +137,7 @@ class SideWriter(MutableMapping[str, Entry]):
                         self._spools[width].seek(0)
                         shutil.copyfileobj(self._spools[width], file, _COPY_BYTES)
         except OSError as problem:
-            raise bad_file(path.name, f"cannot write the side file: {reason(problem)}") from problem
+            raise self._unwritable(problem) from problem
         self.close()
 
     def close(self) -> None:
@@ -137,7 +146,11 @@ class SideWriter(MutableMapping[str, Entry]):
             spool.close()
         self._spools.clear()
 
-    def _header(self, path: Path, record: dict[str, Any]) -> bytes:
+    def _unwritable(self, problem: OSError) -> MapError:
+        advice = "nothing is left of it; free space, or choose another destination"
+        return bad_file(self._destination / SIDE_FILE, f"cannot write the side file: {reason(problem)}", advice)
+
+    def _header(self, record: dict[str, Any]) -> bytes:
         packed = zlib.compress(json.dumps(record, separators=(",", ":")).encode("utf-8"))
         texts = {"format": FORMAT, "record": base64.b64encode(packed).decode("ascii")}
         header: dict[str, Any] = {"__metadata__": texts}
@@ -150,7 +163,7 @@ class SideWriter(MutableMapping[str, Entry]):
         text += b" " * (-len(text) % LENGTH_BYTES)
         if len(text) > MAX_TEXT_BYTES:
             message = f"the side file needs a header of {len(text):,} bytes, safetensors allows {MAX_TEXT_BYTES:,}"
-            raise bad_file(path.name, message, advice="convert without one (--no-complement)")
+            raise bad_file(self._destination / SIDE_FILE, message, advice="convert without one (--no-complement)")
         return text
 
     def _add(self, name: str, tensor: Tensor, check: int) -> int:
@@ -160,10 +173,10 @@ class SideWriter(MutableMapping[str, Entry]):
         width = tensor.element_size() if tensor.element_size() in _WIDTHS else 8
         try:
             if width not in self._spools:
-                self._spools[width] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed by `close`)
+                self._spools[width] = tempfile.TemporaryFile(dir=self._destination.parent)  # noqa: SIM115 (closed by `close`)
             self._spools[width].write(data)
         except OSError as problem:
-            raise bad_file(self._folder, f"cannot write the side file: {reason(problem)}") from problem
+            raise self._unwritable(problem) from problem
         self._headers[width][name] = (dtype_name(tensor.dtype), list(stored_shape(tensor)), len(data))
         self.nbytes += len(data)
         return zlib.crc32(data, check)
@@ -214,6 +227,7 @@ class SideFile(MutableMapping[str, Entry]):
             self.layout = self.origin.layout
             self.found = {str(name): bool(answer) for name, answer in record["found"].items()}
             self.spelled = {str(new): str(old) for new, old in record["spelled"].items()}
+            self.decoded = {str(name): torch_dtype(word) for name, word in record.get("decoded", {}).items()}
             self._forms: list[dict[str, Any]] = [dict(form) for form in record["forms"]]
             self._entries = {name: (self._forms[form], int(check)) for name, (form, check) in record["entries"].items()}
             self._stored = {str(name): int(check) for name, check in record["stored"].items()}

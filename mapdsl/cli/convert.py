@@ -89,7 +89,8 @@ def story(done: Conversion) -> list[str]:
         kept = "" if done.kept_bytes is None else ", kept for the way back"
         lines.append(f"  dropped by the map{kept}: {_some(done.dropped)}")
     if done.kept_bytes is not None:
-        lines.append(f"  mapdsl.complement keeps {human(done.kept_bytes)} for the way back")
+        kept = f"{human(done.kept_bytes)} and the" if done.kept_bytes else "the"
+        lines.append(f"  mapdsl.complement keeps {kept} layout of the files for the way back")
     if done.same_layout:
         lines.append("  the files have the names and headers of the checkpoint that was read")
     elif done.same_layout is False:

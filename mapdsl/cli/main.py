@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import sys
 from collections.abc import Sequence
@@ -28,12 +29,27 @@ class Parser(argparse.ArgumentParser):
         self.print_usage(sys.stderr)
         self.exit(BAD_USAGE, f"{self.prog}: error: {escaped(message)}\n")
 
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """Say that words mean nothing to this command, and what may be meant; exit status 2."""
+        options = [option for action in self._actions for option in action.option_strings]
+        self.error(f"unrecognized arguments: {' '.join(words)}{_meant(words[0].partition('=')[0], options)}")
+
+
+def _meant(word: str, words: Sequence[str]) -> str:
+    """`; did you mean check?`, where a word looks like one of the words."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(word[:100], words, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0 for success, 1 for bad input, 2 for bad usage."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Imports and parsing make many objects that stay: collecting among them costs a sixth of a `check`.
     gc.set_threshold(50_000, 20, 20)
+    # Nor need anybody look for garbage in what goes with the process.
+    atexit.register(gc.freeze)
     prepare()
     try:
         return _run(words)
@@ -46,7 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     parser, commands = _parser(words)
     try:
-        arguments = parser.parse_args(words)
+        if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+            advice = _meant(words[0], COMMANDS) or f"; commands are {', '.join(COMMANDS)}"
+            parser.error(f"there is no command `{words[0]}`{advice}")
+        arguments, unknown = parser.parse_known_args(words)
+        if unknown:
+            commands[arguments.command].refuse(unknown)
     except SystemExit as end:  # argparse's way to end after --help, --version and usage errors
         flush()
         return end.code if isinstance(end.code, int) else BAD_USAGE

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mapdsl.compiler import ir
+from mapdsl.compiler.accepts import check_accepts
 from mapdsl.compiler.codecs import AnyCodec, CodecError, codec_key, parse_codec
-from mapdsl.compiler.collide import PRIME, Collisions, entries, indices_of, scope_of, witness
+from mapdsl.compiler.collide import Collisions, entries, scope_of
 from mapdsl.compiler.examples import check_examples
-from mapdsl.compiler.formula import Scope, decide, rename
+from mapdsl.compiler.formula import Scope, decide
 from mapdsl.compiler.laws import check_laws
 from mapdsl.compiler.lint import lint
 from mapdsl.compiler.made import check_made
-from mapdsl.compiler.names import Pattern, TemplateError, number_holes, patterns, unify
 from mapdsl.compiler.resolve import resolve
 from mapdsl.compiler.shapes import Layout, ShapeError, layout, name_axes
 from mapdsl.compiler.solvable import check_fit, check_sizes
+from mapdsl.compiler.templates import check_templates
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic, MapError, has_errors, ordered
 
@@ -50,7 +51,7 @@ class _Checker:
         codecs = self._codecs()
         self._stop_at_errors()
         layouts = self._rules(codecs)
-        self._templates()
+        self.found += check_templates(self.map, self.scope, codecs)
         self._meshes()
         self._stop_at_errors()
         for rule in self.map.rules:
@@ -59,7 +60,7 @@ class _Checker:
         left, right = (entries(self.map, codecs, side) for side in ("left", "right"))
         self.found += Collisions(self.map, self.scope, "K201", "read").run(left)
         self.found += Collisions(self.map, self.scope, "K202", "write").run(right)
-        self._accepts(left)
+        self.found += check_accepts(self.map, self.scope, codecs, left)
         self.found += check_examples(self.map, self.scope, left, right)
         self.found += check_laws(self.map, layouts)
         self.found += lint(self.map)
@@ -94,8 +95,7 @@ class _Checker:
                 looks: dict[object, str] = {}
                 for spec in tensor.codecs:
                     codec = codecs[codec_key(spec)]
-                    dtypes = getattr(codec, "payload_dtypes", getattr(codec, "dtypes", ()))
-                    look = (dtypes, codec.companions, getattr(codec, "payload", "{key}"))
+                    look = (codec.payload_dtypes, codec.companions, codec.payload)
                     if look in looks:
                         message = f"`{looks[look]}` and `{spec.name}` look the same in a checkpoint"
                         self.found.append(Diagnostic("D407", message, (tensor.span,)))
@@ -180,100 +180,3 @@ class _Checker:
                     message = f"the axis `{axis.name}` is cut over two mesh dimensions"
                     self.found.append(Diagnostic("P452", message, (axis.span, seen[axis.name].span)))
                 seen.setdefault(axis.name, axis)
-
-    # --- single templates ---
-
-    def _templates(self) -> None:
-        for rule in self.map.rules:
-            for side in rule.sides:
-                for tensor in side:
-                    self._template(tensor.template, rule.guard)
-        for accept in self.map.accepts:
-            for template in (accept.old, accept.new):
-                self._template(template, accept.guard)
-
-    def _template(self, template: tree.Template, guard: tree.Expr | None) -> None:
-        try:
-            found = patterns(template)
-        except TemplateError as err:
-            self.found.append(Diagnostic(err.code, err.message, (err.span,)))
-            return
-        if found and any(not _is_plain(hole.value, self.map) for hole in number_holes(found[0])):
-            self._injective(found[0], template, guard)
-
-    def _injective(self, pattern: Pattern, template: tree.Template, guard: tree.Expr | None) -> None:
-        """K205: two values of an index must not spell one name, and no hole may be negative."""
-        holes = list(number_holes(pattern))
-        for hole in holes:
-            if _is_table(hole.value, self.map):
-                continue  # the numbers of an index table are looked at when the config is read
-            facts: list[tree.Expr] = [tree.Operation("<", (hole.value, tree.Number(0, span=hole.span)), span=hole.span)]
-            verdict = decide(self.scope, facts + ([guard] if guard else []), indices_of(pattern, self.map))
-            if verdict.status == "open":
-                shown = ", ".join(f"{name} = {value}" for name, value in verdict.witness)
-                self.found.append(Diagnostic("K205", "this hole can be negative", (hole.span,), witness=shown))
-                return
-        used = indices_of(pattern, self.map)
-        primed = {name: name + PRIME for name in used}
-        facts = [tree.Operation("==", (h.value, rename(h.value, primed)), span=h.span) for h in holes]
-        differ = [
-            tree.Operation(
-                "!=", (tree.Name(n, span=template.span), tree.Name(primed[n], span=template.span)), span=template.span
-            )
-            for n in used
-        ]
-        facts.append(differ[0] if len(differ) == 1 else tree.Operation("or", tuple(differ), span=template.span))
-        facts += [guard, rename(guard, primed)] if guard else []
-        verdict = decide(self.scope, facts, [*used, *primed.values()])
-        if verdict.status == "open":
-            message = "two values of the indices spell the same name"
-            self.found.append(Diagnostic("K205", message, (template.span,), witness=witness(verdict, pattern)))
-        elif verdict.status == "unknown":
-            message = f"do two values of the indices spell the same name? {verdict.tried}"
-            self.found.append(Diagnostic("K290", message, (template.span,)))
-
-    # --- accept ---
-
-    def _accepts(self, left: list) -> None:  # type: ignore[type-arg]
-        collisions = Collisions(self.map, self.scope, "K201", "read")
-        done: list[tuple[ir.Accept, Pattern]] = []
-        for accept in self.map.accepts:
-            for old in patterns(accept.old):
-                clash = [(e.pattern, e.guard, e.span) for e in left if not e.is_else]
-                clash += [(p, a.guard, a.span) for a, p in done if a is not accept]
-                for pattern, guard, span in clash:
-                    equations = unify(old, pattern)
-                    if equations is None:
-                        continue
-                    verdict = collisions.meet(accept.guard, guard, equations, old, pattern)
-                    if verdict.status == "open":
-                        message = "an accepted spelling is read by another rule too"
-                        note = witness(verdict, old, pattern)
-                        self.found.append(Diagnostic("K201", message, (accept.span, span), witness=note))
-                        break
-                done.append((accept, old))
-            news = patterns(accept.new)
-            if not any(unify(new, e.pattern) is not None for new in news for e in left):
-                self.found.append(Diagnostic("K213", "no rule reads the name that this stands for", (accept.new.span,)))
-
-
-def _is_table(value: tree.Expr, resolved: ir.Map) -> bool:
-    """Whether a hole is an element of an index table, `{A[a]}`: a list of distinct numbers from 0."""
-    match value:
-        case tree.Lookup(value=tree.Name(path=table), index=tree.Name(path=index)):
-            return table in resolved.params and index in resolved.indices
-    return False
-
-
-def _is_plain(value: tree.Expr, resolved: ir.Map) -> bool:
-    """Whether a hole is an index alone, plus a constant or a param, or in a table: injective and never negative."""
-    if _is_table(value, resolved):
-        return True
-    match value:
-        case tree.Name():
-            return True
-        case tree.Operation(operator="+", operands=(one, other)):
-            indices = [n for n in ir.names_in(value) if n in resolved.indices]
-            simple = (tree.Name, tree.Number)
-            return isinstance(one, simple) and isinstance(other, simple) and len(indices) == 1
-    return False

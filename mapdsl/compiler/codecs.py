@@ -1,32 +1,32 @@
-"""Codecs as the compiler sees them: which tensors a format stores, of which dtypes and shapes. No torch here."""
+"""Declarations of codecs: from `codec NAME = KIND(...)` to what the format stores."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mapdsl.compiler import ir
 from mapdsl.language.source import Span
+from mapdsl.runtime.codecs.storage import (
+    DTYPES,
+    FLOAT_SCALES,
+    POWERS,
+    SCALES,
+    BlockStorage,
+    GroupStorage,
+    PackedIntStorage,
+    Storage,
+    Stored,
+)
 
-# The language's words for dtypes, as safetensors headers spell them.
-DTYPES = {
-    "f64": "F64",
-    "f32": "F32",
-    "f16": "F16",
-    "bf16": "BF16",
-    "f8e4m3": "F8_E4M3",
-    "f8e5m2": "F8_E5M2",
-    "f8e8m0": "F8_E8M0",
-    "i64": "I64",
-    "i32": "I32",
-    "i16": "I16",
-    "i8": "I8",
-    "u8": "U8",
-    "bool": "BOOL",
-}
-FLOAT_SCALES = ("f32", "bf16", "f16")
-SCALES = (*FLOAT_SCALES, "f8e8m0", "u8")
-CASTS = ("f32", "bf16", "f16")
+__all__ = ["CASTS", "AnyCodec", "CodecError", "Stored", "codec_key", "parse_codec"]
+
+AnyCodec = Storage
+
+CASTS = ("f32", "bf16", "f16", "f8e4m3", "f8e5m2")
+ELEMENTS = ("f8e4m3", "f8e5m2", "f4e2m1", "i8", "same")
+
+Value = tuple[str, ...] | str | int | float
 
 
 @dataclass(frozen=True)
@@ -39,205 +39,203 @@ class CodecError(Exception):
     help: str = ""
 
 
-@dataclass(frozen=True)
-class Stored:
-    """One stored tensor of a codec; shape None where the logical shape is not known."""
-
-    name: str
-    dtypes: tuple[str, ...]
-    shape: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class Codec:
-    """A format without companions: `raw`, a cast, or a change of value. `dtypes` are those that it may be stored in."""
-
-    name: str
-    kind: str
-    dtypes: tuple[str, ...] = ()
-    amount: float = 0.0
-    companions: tuple[str, ...] = field(default=(), init=False)
-
-    def names(self, key: str) -> list[str]:
-        """Stored names, payload first."""
-        return [key]
-
-    def stored(self, key: str, shape: tuple[int, ...] | None) -> list[Stored]:
-        """All stored tensors of a logical shape."""
-        return [Stored(key, self.dtypes, shape)]
-
-    def logical_shape(self, payload: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape once decoded."""
-        return payload
-
-    def claims(self, dtype: str) -> bool:
-        """Whether a payload of this dtype may be stored so."""
-        return not self.dtypes or dtype in self.dtypes
-
-
-@dataclass(frozen=True)
-class BlockScaled:
-    """`block_scaled`: a payload of narrow floats and a tensor of scales, one a block of the last two dimensions."""
-
-    name: str
-    element: str
-    block: tuple[int | None, int | None]
-    scale: str
-    scale_dtypes: tuple[str, ...]
-    squeeze: bool
-    packed: str
-    payload: str
-    kind: str = field(default="block_scaled", init=False)
-
-    @property
-    def companions(self) -> tuple[str, ...]:
-        """Templates of the companions' names."""
-        return (self.scale,)
-
-    @property
-    def per(self) -> int:
-        """Logical elements in one stored element."""
-        return 2 if self.element == "f4e2m1" else 1
-
-    @property
-    def payload_dtypes(self) -> tuple[str, ...]:
-        """What the payload may be stored in; any where the element is `same`."""
-        if self.element == "same":
-            return ()
-        return (DTYPES[self.packed if self.per == 2 else self.element],)
-
-    def claims(self, dtype: str) -> bool:
-        """Whether a payload of this dtype may be stored so."""
-        return not self.payload_dtypes or dtype in self.payload_dtypes
-
-    def names(self, key: str) -> list[str]:
-        """Stored names, payload first."""
-        return [fill(self.payload, key), fill(self.scale, key)]
-
-    def logical_shape(self, payload: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape once decoded."""
-        return (*payload[:-1], payload[-1] * self.per) if payload else payload
-
-    def stored(self, key: str, shape: tuple[int, ...] | None) -> list[Stored]:
-        """All stored tensors of a logical shape."""
-        payload, scale = self.names(key)
-        dtypes = tuple(DTYPES[word] for word in self.scale_dtypes or FLOAT_SCALES)
-        if shape is None:
-            return [Stored(payload, self.payload_dtypes, None), Stored(scale, dtypes, None)]
-        packed = (*shape[:-1], shape[-1] // self.per) if shape else shape
-        return [Stored(payload, self.payload_dtypes, packed), Stored(scale, dtypes, self.grid(shape))]
-
-    def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the scales: a block may be cut off at the edge; `squeeze` leaves out what is one block whole."""
-        batch, last = shape[:-2], shape[-2:]
-        sizes = self.block[2 - len(last) :]
-        pairs = [(size, block) for size, block in zip(last, sizes, strict=True) if not (self.squeeze and block is None)]
-        return (*batch, *(1 if block is None else -(-size // block) for size, block in pairs))
-
-
-AnyCodec = Codec | BlockScaled
-
-
-def parse_codec(spec: ir.CodecSpec) -> AnyCodec:
-    """The codec of a declaration; CodecError where its arguments make no sense."""
+def parse_codec(spec: ir.CodecSpec) -> Storage:
+    """What a declared format stores; CodecError where its arguments make no sense."""
     match spec.kind:
-        case "raw":
-            return Codec(spec.name, "raw")
+        case "raw" | "neg_exp":
+            return Storage(spec.name, spec.kind)
         case "cast":
-            return Codec(spec.name, "cast", (DTYPES[spec.name],))
-        case "neg_exp":
-            return Codec(spec.name, "neg_exp")
+            return Storage(spec.name, "cast", (DTYPES[spec.name],))
         case "add":
             if len(spec.arguments) != 1 or not isinstance(spec.arguments[0].value, (int, float)):
                 raise CodecError("N113", "`add` takes one number: `add(1)`", spec.span)
-            return Codec(spec.name, "add", amount=float(spec.arguments[0].value))
-    return _block_scaled(spec)
+            return Storage(spec.name, "add", amount=float(spec.arguments[0].value))
+        case "packed_int":
+            return _checked(spec, _packed_int(spec))
+        case "group_int":
+            return _checked(spec, _group_int(spec))
+    return _checked(spec, _block_scaled(spec))
 
 
-def _block_scaled(spec: ir.CodecSpec) -> BlockScaled:
-    options = _options(spec)
-    element = _one(spec, options, "element", ("f8e4m3", "f8e5m2", "f4e2m1", "same"))
-    block = re.fullmatch(r"(\d+|\*)x(\d+|\*)", _one(spec, options, "block", None))
+def _checked(spec: ir.CodecSpec, storage: Storage) -> Storage:
+    """D402 where two parts have one name."""
+    names: dict[str, str] = {}
+    for role, name in storage.part_names("a.b").items():
+        if name in names:
+            raise CodecError("D402", f"codec `{spec.name}`: {names[name]} and {role} have one name", spec.span)
+        names[name] = role
+    return storage
+
+
+def _block_scaled(spec: ir.CodecSpec) -> BlockStorage:
+    options = Options(spec, "element", BLOCK_SCALED)
+    element = options.word("element", ELEMENTS)
+    block = re.fullmatch(r"(\d+|\*)x(\d+|\*)", options.word("block"))
     if block is None or "0" in block.groups():
-        raise CodecError("D401", f"codec `{spec.name}`: a block is written `128x128`, `1x32` or `1x*`", spec.span)
+        raise options.error("D401", "a block is written `128x128`, `1x32` or `1x*`")
     rows, columns = (None if size == "*" else int(size) for size in block.groups())
     if element == "f4e2m1" and columns is not None and columns % 2:
-        raise CodecError("D401", f"codec `{spec.name}`: two codes share a byte, so a block has even columns", spec.span)
-    scale_dtypes = options.get("scale_dtype", ())
-    if not isinstance(scale_dtypes, tuple) or not set(scale_dtypes) <= set(SCALES):
-        raise CodecError("N113", f"codec `{spec.name}`: a scale is stored as {', '.join(SCALES)}", spec.span)
-    codec = BlockScaled(
+        raise options.error("D401", "two codes share a byte, so a block has even columns")
+    blocks = options.word("pack", ("flat", "blocks"), "flat") == "blocks"
+    if blocks and (columns is None or rows != 1):
+        raise options.error("D401", "blocks that are stored one by one are runs of a row: `block=1x32`")
+    global_scale = options.template("global_scale", "")
+    scale_dtypes = options.words("scale_dtype", SCALES)
+    powers = bool(scale_dtypes) and set(scale_dtypes) <= set(POWERS)
+    if options.flag("inverse") and set(scale_dtypes) & set(POWERS):
+        raise options.error("N113", "scales that are powers of two are not inverse")
+    return BlockStorage(
         spec.name,
-        element,
-        (rows, columns),
-        _template(spec, options, "scale", "{stem}.scale"),
-        scale_dtypes,
-        _one(spec, options, "squeeze", ("true", "false"), "false") == "true",
-        _one(spec, options, "packed", ("i8", "u8"), "i8"),
-        _template(spec, options, "payload", "{key}"),
+        element=element,
+        block=(rows, columns),
+        scale=options.template("scale", "{stem}.scale"),
+        scale_dtypes=scale_dtypes,
+        squeeze=options.flag("squeeze"),
+        packed=options.word("packed", ("i8", "u8"), "i8"),
+        payload=options.template("payload", "{key}"),
+        blocks=blocks,
+        inverse=options.flag("inverse"),
+        global_scale=global_scale,
+        global_dims=options.number("global_dims", 0, 0, 8) if global_scale else 0,
+        global_inverse=options.flag("global_inverse"),
+        rule=options.word("rule", ("up", "down", "even"), "up") if powers else "up",
     )
-    _one(spec, options, "pack", ("flat",), "flat")
-    if len(set(codec.names("a.b"))) < 2:
-        raise CodecError("D402", f"codec `{spec.name}`: payload and scale have one name", spec.span)
-    return codec
 
 
-KNOWN = ("element", "block", "scale", "scale_dtype", "squeeze", "packed", "payload", "pack")
+def _packed_int(spec: ir.CodecSpec) -> Storage:
+    options = Options(spec, None, PACKED_INT)
+    layout = options.word("layout", ("compressed_tensors", "gptq", "gptq_v2", "awq"), "compressed_tensors")
+    bits = options.number("bits", 4, 2, 8)
+    group = options.number("group", 128 if layout != "compressed_tensors" else 32, 0, 1 << 30)
+    if layout == "compressed_tensors":
+        if bits not in (4, 8):
+            raise options.error("N113", "`bits` is 4 or 8 in the layout of compressed_tensors")
+        for name in ("zeros", "order"):
+            options.refuse(name, "the symmetric layout of compressed_tensors")
+        if group % (8 // bits):
+            raise options.error("D401", "a group has a whole number of bytes")
+        return BlockStorage(
+            spec.name,
+            element=f"i{bits}",
+            block=(1, group or None),
+            scale=options.template("scale", "{key}_scale"),
+            scale_dtypes=options.words("scale_dtype", FLOAT_SCALES),
+            packed="i32",
+            payload=options.template("payload", "{key}_packed"),
+            shape=options.template("shape", "{key}_shape"),
+        )
+    if bits not in ((4,) if layout == "awq" else (2, 3, 4, 8)):
+        raise options.error("N113", f"`bits` is {'4' if layout == 'awq' else '2, 3, 4 or 8'} in the layout of {layout}")
+    for name in ("shape", "scale_dtype", *(("order",) if layout == "awq" else ())):
+        options.refuse(name, f"the layout of {layout}")
+    return PackedIntStorage(
+        spec.name,
+        layout="awq" if layout == "awq" else "gptq",
+        bits=bits,
+        group=group,
+        payload=options.template("payload", "{stem}.qweight"),
+        zeros=options.template("zeros", "{stem}.qzeros"),
+        scale=options.template("scale", "{stem}.scales"),
+        order=options.template("order", "{stem}.g_idx"),
+        zero_offset=1 if layout == "gptq" else 0,
+    )
 
 
-def _options(spec: ir.CodecSpec) -> dict[str, tuple[str, ...] | str | int | float]:
-    """Arguments by name; the first may stand without one: it is the element."""
-    options: dict[str, tuple[str, ...] | str | int | float] = {}
-    for number, argument in enumerate(spec.arguments):
-        name = argument.name or ("element" if number == 0 else None)
-        if name is None:
-            raise CodecError("N113", f"codec `{spec.name}`: arguments behind the first have names", argument.span)
-        if name not in KNOWN:
-            known = ", ".join(KNOWN[1:])
-            raise CodecError("N113", f"codec `{spec.name}` has no argument `{name}`", argument.span, f"it has {known}")
-        if name in options:
-            raise CodecError("N114", f"codec `{spec.name}`: `{name}` is given twice", argument.span)
-        options[name] = argument.value
-    return options
+def _group_int(spec: ir.CodecSpec) -> GroupStorage:
+    options = Options(spec, None, GROUP_INT)
+    return GroupStorage(
+        spec.name,
+        bits=options.number("bits", 8, 2, 8),
+        groups=options.number("groups", 1, 1, 1 << 40),
+        scale=options.template("scale", "{key}_scale"),
+        inverse=options.flag("inverse"),
+    )
 
 
-def _one(
-    spec: ir.CodecSpec,
-    options: dict[str, tuple[str, ...] | str | int | float],
-    name: str,
-    allowed: tuple[str, ...] | None,
-    default: str | None = None,
-) -> str:
-    """An argument that is one word."""
-    value = options.get(name, (default,) if default is not None else None)
-    if value is None:
-        raise CodecError("N113", f"codec `{spec.name}` needs `{name}`", spec.span)
-    word = value[0] if isinstance(value, tuple) and len(value) == 1 else str(value)
-    if allowed is not None and word not in allowed:
-        raise CodecError("N113", f"codec `{spec.name}`: `{name}` is one of {', '.join(allowed)}", spec.span)
-    return word
+BLOCK_SCALED = (
+    "element",
+    "block",
+    "scale",
+    "scale_dtype",
+    "squeeze",
+    "packed",
+    "payload",
+    "pack",
+    "inverse",
+    "global_scale",
+    "global_dims",
+    "global_inverse",
+    "rule",
+)
+PACKED_INT = ("bits", "group", "layout", "payload", "scale", "scale_dtype", "shape", "zeros", "order")
+GROUP_INT = ("bits", "groups", "scale", "inverse")
 
 
-def _template(
-    spec: ir.CodecSpec, options: dict[str, tuple[str, ...] | str | int | float], name: str, default: str
-) -> str:
-    """An argument that is a template of a companion's name over `{key}` and `{stem}`."""
-    text = options.get(name, default)
-    if not isinstance(text, str) or re.search(r"[{}]|\s", text.replace("{key}", "").replace("{stem}", "")):
-        message = f"codec `{spec.name}`: `{name}` is a string over {{key}} and {{stem}}"
-        raise CodecError("N113", message, spec.span)
-    if "{key}" not in text and "{stem}" not in text:
-        message = f"codec `{spec.name}`: `{name}` has no {{key}} or {{stem}}, so all tensors would share it"
-        raise CodecError("D402", message, spec.span)
-    return text
+class Options:
+    """The arguments of a declaration by name; the `first` may stand without one."""
 
+    def __init__(self, spec: ir.CodecSpec, first: str | None, known: tuple[str, ...]) -> None:
+        self.spec = spec
+        self._given: dict[str, Value] = {}
+        for number, argument in enumerate(spec.arguments):
+            name = argument.name or (first if number == 0 else None)
+            if name is None:
+                where = "arguments behind the first have names" if first else "arguments have names"
+                raise CodecError("N113", f"codec `{spec.name}`: {where}", argument.span)
+            if name not in known:
+                message = f"codec `{spec.name}` has no argument `{name}`"
+                raise CodecError("N113", message, argument.span, f"it has {', '.join(known[1 if first else 0 :])}")
+            if name in self._given:
+                raise CodecError("N114", f"codec `{spec.name}`: `{name}` is given twice", argument.span)
+            self._given[name] = argument.value
 
-def fill(template: str, key: str) -> str:
-    """A companion's name: `{key}` is the tensor's, `{stem}` that without its last segment (and its dot)."""
-    stem, dot, _ = key.rpartition(".")
-    if not dot:
-        template = template.replace("{stem}.", "{stem}")
-    return template.replace("{stem}", stem).replace("{key}", key)
+    def error(self, code: str, message: str) -> CodecError:
+        """An error of this declaration."""
+        return CodecError(code, f"codec `{self.spec.name}`: {message}", self.spec.span)
+
+    def refuse(self, name: str, where: str) -> None:
+        """N113 where an argument is given that means nothing here."""
+        if name in self._given:
+            raise self.error("N113", f"`{name}` means nothing in {where}")
+
+    def word(self, name: str, allowed: tuple[str, ...] | None = None, default: str | None = None) -> str:
+        """An argument that is one word."""
+        value = self._given.get(name, default)
+        if value is None:
+            raise self.error("N113", f"`{name}` is missing")
+        text = value[0] if isinstance(value, tuple) and len(value) == 1 else str(value)
+        if allowed is not None and text not in allowed:
+            raise self.error("N113", f"`{name}` is one of {', '.join(allowed)}")
+        return text
+
+    def words(self, name: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+        """An argument of words with `|` between them; none if it is not given."""
+        value = self._given.get(name, ())
+        if not isinstance(value, tuple) or not set(value) <= set(allowed):
+            raise self.error("N113", f"`{name}` is of {', '.join(allowed)}")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """An argument that is `true` or `false`, `false` if it is not given."""
+        return self.word(name, ("true", "false"), "false") == "true"
+
+    def number(self, name: str, default: int, least: int, most: int) -> int:
+        """An argument that is a whole number."""
+        value = self._given.get(name, default)
+        if not isinstance(value, int) or not least <= value <= most:
+            raise self.error("N113", f"`{name}` is a whole number from {least} to {most}")
+        return value
+
+    def template(self, name: str, default: str) -> str:
+        """An argument that is a template of a stored name over `{key}` and `{stem}`."""
+        text = self._given.get(name, default)
+        if not isinstance(text, str) or re.search(r"[{}]|\s", text.replace("{key}", "").replace("{stem}", "")):
+            raise self.error("N113", f"`{name}` is a string over {{key}} and {{stem}}")
+        if text and "{key}" not in text and "{stem}" not in text:
+            raise self.error("D402", f"`{name}` has no {{key}} or {{stem}}, so all tensors would share it")
+        if not text and name in self._given:
+            raise self.error("N113", f"`{name}` is empty")
+        return text
 
 
 def codec_key(spec: ir.CodecSpec) -> str:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mapdsl.compiler import ir
+from mapdsl.compiler.admissible import index_tables
 from mapdsl.compiler.codecs import AnyCodec, codec_key
+from mapdsl.compiler.companions import companion
 from mapdsl.compiler.formula import EvaluationError, Scope, Verdict, decide, evaluate, rename
-from mapdsl.compiler.names import Equality, Pattern, Segment, Wildcard, is_narrower, number_holes, patterns, unify
+from mapdsl.compiler.names import (
+    Equality,
+    Pattern,
+    Segment,
+    Wildcard,
+    is_narrower,
+    number_holes,
+    patterns,
+    spelled,
+    unify,
+)
+from mapdsl.compiler.shapes import name_axes
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic
-from mapdsl.language.source import Span
+from mapdsl.language.source import Source, Span
 
 PRIME = "'"
 
@@ -50,18 +64,13 @@ def _tables(resolved: ir.Map) -> frozenset[str]:
 
     Only those that are fields of the config: of a list that is computed from one, that one may well repeat.
     """
-    parts = [part for rule in resolved.rules for side in rule.sides for t in side for part in t.template.parts]
     found = set()
-    for part in parts:
-        match part:
-            case tree.NumberHole(value=tree.Lookup(value=tree.Name(path=name))) if name in resolved.params:
-                value = resolved.params[name].value
-                options = value.options if isinstance(value, tree.Default) else (value,)
-                if all(
-                    isinstance(option, tree.Name) and option.path not in resolved.params.keys() - {name}
-                    for option in options
-                ):
-                    found.add(name)
+    for name in index_tables(resolved):
+        value = resolved.params[name].value
+        options = value.options if isinstance(value, tree.Default) else (value,)
+        others = resolved.params.keys() - {name}
+        if all(isinstance(option, tree.Name) and option.path not in others for option in options):
+            found.add(name)
     return frozenset(found)
 
 
@@ -75,57 +84,12 @@ def entries(resolved: ir.Map, codecs: dict[str, AnyCodec], side: str) -> list[En
                 payloads = {"{key}": ""} if not tensor.codecs else {}
                 for spec in tensor.codecs:
                     codec = codecs[codec_key(spec)]
-                    payloads.setdefault(getattr(codec, "payload", "{key}"), "")
+                    payloads.setdefault(codec.payload, "")
                     payloads |= dict.fromkeys(codec.companions, spec.name)
                 for template, name in payloads.items():
-                    found.append(Entry(number, place, companion(pattern, template), *common, name))
+                    whole = companion(pattern, template, tensor.span)
+                    found.append(Entry(number, place, whole, *common, name))
     return found
-
-
-def companion(pattern: Pattern, template: str) -> Pattern:
-    """The pattern of a companion's name: `{key}` or `{stem}` of the tensor's with text around it."""
-    if template == "{key}":
-        return pattern
-    mark = "{key}" if "{key}" in template else "{stem}"
-    before, after = template.split(mark, 1)
-    base = pattern.segments if mark == "{key}" else pattern.segments[:-1]
-    if not base:
-        # A key of one segment has no stem; `{stem}.scale` is `scale`.
-        return Pattern(_text_segments(after.removeprefix(".")), pattern.choice)
-    return Pattern(_joined(_joined(_text_segments(before), base), _text_segments(after)), pattern.choice)
-
-
-def _text_segments(text: str) -> tuple[Segment, ...]:
-    if not text:
-        return ()
-    template = tree.Template((tree.Text(text, span=_NOWHERE),), span=_NOWHERE)
-    return tuple(
-        patterns(tree.Template((tree.Text(part, span=_NOWHERE),), span=_NOWHERE))[0].segments[0] if part else ()
-        for part in template.parts[0].text.split(".")  # type: ignore[union-attr]
-    )
-
-
-_NOWHERE = Span(None, 0, 0)  # type: ignore[arg-type]
-
-
-def _joined(one: tuple[Segment, ...], other: tuple[Segment, ...]) -> tuple[Segment, ...]:
-    """Two runs of segments written one behind the other: the last of one and the first of the other become one."""
-    if not one or not other:
-        return one + other
-    last, first = one[-1], other[0]
-    if isinstance(last, Wildcard) or isinstance(first, Wildcard):
-        return (*one, *(s for s in other if s != ())) if first == () or last == () else one + other
-    tokens = list(last)
-    for token in first:
-        if tokens and isinstance(token, str) and isinstance(tokens[-1], str) and _kind(token) == _kind(tokens[-1]):
-            tokens[-1] += token
-        else:
-            tokens.append(token)
-    return (*one[:-1], tuple(tokens), *other[1:])
-
-
-def _kind(text: str) -> bool:
-    return text[0] in "0123456789"
 
 
 class Collisions:
@@ -137,6 +101,7 @@ class Collisions:
         self.code = code
         self.verb = verb
         self.primed = {name: name + PRIME for name in resolved.indices}
+        self.axes: dict[int, list[str]] = {}
         self.found: list[Diagnostic] = []
 
     def run(self, entries: list[Entry]) -> list[Diagnostic]:
@@ -156,7 +121,8 @@ class Collisions:
         equations = unify(one.pattern, other.pattern)
         if equations is None:
             return False
-        verdict = self.meet(one.guard, other.guard, equations, one.pattern, other.pattern)
+        axes = [self._axes(entry.rule) for entry in (one, other)]
+        verdict = self.meet(one.guard, other.guard, equations, one.pattern, other.pattern, axes)
         if verdict.status == "closed":
             return False
         code, message = self.code, f"two rules {self.verb} the same tensor"
@@ -180,12 +146,21 @@ class Collisions:
         equations: list[Equality],
         one: Pattern,
         other: Pattern,
+        axes: Sequence[Sequence[str]] = ((), ()),
     ) -> Verdict:
-        """Whether the equations hold under both guards for some config; the second pattern's indices are primed."""
+        """Whether the equations hold under both guards for some config; the second pattern's indices are primed.
+
+        `axes` are further indices and params of the two, which must have positions: a tensor without any is on no side.
+        """
         facts: list[tree.Expr] = [tree.Operation("==", (a, rename(b, self.primed)), span=a.span) for a, b in equations]
         facts += [guard] if guard is not None else []
         facts += [rename(other_guard, self.primed)] if other_guard is not None else []
-        used = [*indices_of(one, self.map), *(self.primed[name] for name in indices_of(other, self.map))]
+        mentioned = self._reach(itertools.chain.from_iterable(map(ir.names_in, facts)))
+        near = [[name for name in names if not mentioned.isdisjoint(self._reach([name]))] for names in axes]
+        facts += [_at_least_one(name) for name in dict.fromkeys(near[0] + near[1]) if name in self.map.params]
+        used = list(dict.fromkeys([*indices_of(one, self.map), *(n for n in near[0] if n in self.map.indices)]))
+        of_other = [*indices_of(other, self.map), *(n for n in near[1] if n in self.map.indices)]
+        used += [self.primed[name] for name in dict.fromkeys(of_other)]
         # Ranges alone often keep two names apart, and are far cheaper than guards that look into lists.
         if (
             len(facts) > len(equations)
@@ -193,6 +168,36 @@ class Collisions:
         ):
             return apart
         return decide(self.scope, facts, used)
+
+    def _axes(self, number: int) -> list[str]:
+        """The indices and params that are axes of a rule, in names or in shapes."""
+        if number not in self.axes:
+            rule = self.map.rules[number]
+            tensors = (*rule.left, *rule.right)
+            names = {name for t in tensors for name in name_axes(t.template, self.map.indices)}
+            names |= {axis.name or "" for t in tensors if t.shape is not None for axis in ir.axes_of(t.shape)}
+            self.axes[number] = [name for name in (*self.map.indices, *self.map.params) if name in names]
+        return self.axes[number]
+
+    def _reach(self, names: Iterable[str]) -> set[str]:
+        """Names with all that they are made of: the bounds of indices, the definitions of params, down to fields."""
+        found: set[str] = set()
+        waiting = [name.removesuffix(PRIME) for name in names]
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                found.add(name)
+                index, param = self.map.indices.get(name), self.map.params.get(name)
+                parts = [index.lower, index.upper] if index else [param.value] if param else []
+                waiting += [other for part in parts if part is not None for other in ir.names_in(part)]
+        return found
+
+
+def _at_least_one(param: str) -> tree.Expr:
+    return tree.Operation(">=", (tree.Name(param, span=_NOWHERE), tree.Number(1, span=_NOWHERE)), span=_NOWHERE)
+
+
+_NOWHERE = Span(Source("", ""), 0, 0)
 
 
 def indices_of(pattern: Pattern, resolved: ir.Map) -> list[str]:
@@ -218,8 +223,15 @@ def _spell_both(one: Pattern, other: Pattern, values: dict[str, object]) -> str:
     length = min(fixed, default=len(one.segments) + len(other.segments))
     segments = []
     for mine, theirs in zip(_stretched(one, length), _stretched(other, length), strict=True):
-        wild = isinstance(mine, Wildcard)
-        segments.append(spell(Pattern((theirs if wild else mine,), {}), primed if wild else values))
+        match mine, theirs:
+            case Wildcard(), Wildcard():
+                # Of two texts on one end the longer has the other in it.
+                before, after = max(mine.before, theirs.before, key=len), max(mine.after, theirs.after, key=len)
+                segments.append(f"{before}x{after}")
+            case Wildcard(), _:
+                segments.append(spell(Pattern((theirs,), {}), primed))
+            case _:
+                segments.append(spell(Pattern((mine,), {}), values))
     return ".".join(segments)
 
 
@@ -238,19 +250,14 @@ def _shown(value: object) -> str:
 
 def spell(pattern: Pattern, values: dict[str, object], texts: dict[str, str] | None = None) -> str:
     """The name of a pattern under values of its indices; wildcards are spelled by `texts`, else `x`."""
-    segments = []
-    for segment in pattern.segments:
-        if isinstance(segment, Wildcard):
-            segments.append((texts or {}).get(segment.name, "x"))
-            continue
-        tokens = []
-        for token in segment:
-            try:
-                tokens.append(token if isinstance(token, str) else str(evaluate(token.value, _Free(values))))
-            except EvaluationError:
-                tokens.append("?")
-        segments.append("".join(tokens))
-    return ".".join(segments)
+
+    def number(expr: tree.Expr) -> object:
+        try:
+            return evaluate(expr, _Free(values))
+        except EvaluationError:
+            return "?"
+
+    return spelled(pattern, number, lambda wildcard: (texts or {}).get(wildcard.name, "x"))
 
 
 class _Free(dict[str, object]):

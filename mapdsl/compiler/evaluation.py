@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from mapdsl.compiler.ir import names_in
 from mapdsl.language import tree
 from mapdsl.language.rewrite import rewrite
 from mapdsl.language.tree import Expr
@@ -122,26 +123,6 @@ def rename(expr: Expr, names: Mapping[str, str]) -> Expr:
         return node
 
     return rewrite(expr, change)
-
-
-def children(expr: Expr) -> tuple[Expr, ...]:
-    """The expressions that an expression is made of."""
-    match expr:
-        case tree.Lookup(value=value, index=index):
-            return value, index
-        case tree.Call(arguments=items) | tree.ListLiteral(items=items) | tree.Operation(operands=items):
-            return items
-        case tree.Default(options=items):
-            return items
-        case _:
-            return ()
-
-
-def names_in(expr: Expr) -> set[str]:
-    """The names of params, indices and fields that an expression mentions."""
-    if isinstance(expr, tree.Name):
-        return {expr.path}
-    return set().union(*map(names_in, children(expr)))
 
 
 def _show_operand(expr: Expr) -> str:

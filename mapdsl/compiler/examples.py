@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from mapdsl.compiler import ir
 from mapdsl.compiler.formula import EvaluationError, Scope, Verdict, decide, evaluate
-from mapdsl.compiler.names import Equality, Pattern, TemplateError, Wildcard, patterns, read, unify
+from mapdsl.compiler.names import Equality, Pattern, TemplateError, patterns, read, spelled, unify
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic
 from mapdsl.language.source import Span
@@ -81,6 +82,7 @@ class _Names:
                     yield spell(new, dict(verdict.model), reading[1])
 
 
+@lru_cache(maxsize=256)  # each rule is asked whether it fits one name
 def literal(name: str) -> Pattern:
     """A name as a pattern without holes; one that no template spells fits nothing."""
     span = Span(None, 0, 0)  # type: ignore[arg-type]
@@ -145,16 +147,12 @@ def _targets(resolved: ir.Map, scope: Scope, reading: Reading, arrow: str) -> st
 
 
 def _spelled(pattern: Pattern, verdict: Verdict) -> str:
-    segments = []
-    for segment in pattern.segments:
-        if isinstance(segment, Wildcard):
-            segments.append("{..}" if segment.many else "{*}")
-            continue
-        tokens = []
-        for token in segment:
-            try:
-                tokens.append(token if isinstance(token, str) else str(evaluate(token.value, verdict.model)))
-            except EvaluationError:
-                tokens.append("{}")
-        segments.append("".join(tokens))
-    return ".".join(segments)
+    """The name under a model; what that leaves open stays a hole."""
+
+    def number(expr: tree.Expr) -> object:
+        try:
+            return evaluate(expr, verdict.model)
+        except EvaluationError:
+            return "{}"
+
+    return spelled(pattern, number, lambda wildcard: "{..}" if wildcard.many else "{*}")

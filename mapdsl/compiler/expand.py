@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mapdsl.compiler import ir
+from mapdsl.compiler.admissible import check_admissible
 from mapdsl.compiler.check import Checked
 from mapdsl.compiler.codecs import AnyCodec, codec_key
 from mapdsl.compiler.formula import EvaluationError, MissingValueError, evaluate, evaluate_params
@@ -15,7 +16,7 @@ from mapdsl.compiler.shapes import name_axes
 from mapdsl.compiler.solvable import size_pattern
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic, MapError
-from mapdsl.runtime.sizes import shape_of
+from mapdsl.runtime.sizes import PartialShape, either_shape, shape_of
 
 # More names than any checkpoint has: a config that promises them is broken, and listing them would only hang.
 MAX_NAMES = 1_000_000
@@ -40,12 +41,15 @@ def param_values(checked: Checked, config: Mapping[str, Any] | None, given: Mapp
     except MissingValueError as err:
         span = getattr(err.expr, "span", None)
         hint = "give the config with --config, or the param with --param"
+        if config is not None and isinstance(err.expr, tree.Name):
+            hint = "the config has no such field: is it that of another model? --param gives the param a value"
         raise MapError([Diagnostic("N115", str(err.message), (span,) if span else (), help=hint)]) from None
     except EvaluationError as err:
         span = getattr(err.expr, "span", None)
         raise MapError([Diagnostic("C505", str(err.message), (span,) if span else ())]) from None
     for name, value in values.items():
         _check_value(checked.map.params[name], name, value)
+    check_admissible(checked.map, fields, values)
     return values
 
 
@@ -136,9 +140,20 @@ class Expansion:
     def keys(self, side: str, *, quantization: bool = True) -> list[Key]:
         """Every name of a side, companions included, in the order of the rules; not optional ones and wildcards.
 
-        With `quantization` each tensor is in the first of its formats, without in `raw` where that is one of them.
+        With `quantization` each tensor is in the first of its formats, without in `raw` where that is one of them; a
+        MapError, D401, where that format does not fit its shape. A tie has the shape of its twin.
         """
+        promised = list(self._promised(side))
+        shapes = {named.name: shape for _, named, shape, _ in promised}
         found: list[Key] = []
+        for number, named, own, twin in promised:
+            shape = either_shape(own, shapes.get(twin)) if twin is not None else own
+            found += self._stored(number, side, named, shape, quantization)
+        return found
+
+    def _promised(self, side: str) -> Iterator[tuple[int, Named, PartialShape | None, str | None]]:
+        """Every tensor of a side, without companions: its rule, what is known of its shape, of a tie its twin."""
+        count = 0
         for number, rule in enumerate(self.map.rules):
             one_sided = not rule.left or not rule.right
             if rule.optional or (one_sided and rule.value is None):
@@ -147,12 +162,16 @@ class Expansion:
                 sizes = self.sizes(match)
                 if self.is_empty(match, sizes):
                     continue
+                value = rule.value.content if rule.value is not None else None
+                tied = self._parts(value) if isinstance(value, tree.Template) else None
+                twin = _spell(tied, match.values, match.choice) if tied is not None else None
                 for named in self.names(match, side):
-                    found += self._stored(number, side, named, sizes, quantization)
-                    if len(found) > MAX_NAMES:
+                    pattern = self.pattern(number, side, named.place)
+                    yield number, named, None if pattern is None else shape_of(pattern, sizes), twin
+                    count += 1
+                    if count > MAX_NAMES:
                         message = f"the config promises more than {MAX_NAMES} tensors"
                         raise MapError([Diagnostic("C505", message, (rule.span,))])
-        return found
 
     def codecs(self, tensor: ir.Tensor) -> list[AnyCodec]:
         """The storage alternatives of a tensor, in order; none where it is stored as it is."""
@@ -186,17 +205,20 @@ class Expansion:
     # --- within ---
 
     def _stored(
-        self, number: int, side: str, named: Named, sizes: Mapping[str, int], quantization: bool
+        self, number: int, side: str, named: Named, shape: PartialShape | None, quantization: bool
     ) -> Iterator[Key]:
-        pattern = self.pattern(number, side, named.place)
-        shape = None if pattern is None else shape_of(pattern, sizes)
         codecs = self.codecs(self.map.rules[number].side(side)[named.place])
         raw = next((codec for codec in codecs if codec.kind == "raw"), None)
         codec = raw if raw is not None and not quantization else codecs[0] if codecs else None
-        if codec is None:
+        if codec is None or codec.kind == "raw":
             yield Key(named.name, None, shape, number)
             return
         known = None if shape is None or None in shape else tuple(size or 0 for size in shape)
+        if known is not None and (problem := codec.unfit(known)):
+            advice = "ask for its names without quantization, or list a format first that fits"
+            raise MapError(
+                [Diagnostic("D401", f"{named.name}: {problem}", (self.map.rules[number].span,), help=advice)]
+            )
         for stored in codec.stored(named.name, known):
             yield Key(stored.name, stored.dtypes[0] if stored.dtypes else None, stored.shape, number)
 

@@ -18,12 +18,13 @@ from mapdsl.compiler.evaluation import (
     MissingValueError,
     evaluate,
     evaluate_params,
-    names_in,
     rename,
     show,
 )
+from mapdsl.compiler.ir import names_in
 from mapdsl.compiler.lemmas import violated_law, violated_range
 from mapdsl.compiler.logic import Application, Conjunction, Disjunction, Formula, Scope, Symbols
+from mapdsl.compiler.opposites import contradict
 from mapdsl.compiler.presburger import Translator
 from mapdsl.compiler.witness import Witness, build_witness
 from mapdsl.language import tree
@@ -38,7 +39,6 @@ __all__ = [
     "decide",
     "evaluate",
     "evaluate_params",
-    "names_in",
     "rename",
     "show",
 ]
@@ -85,6 +85,8 @@ def decide(
 
 
 def _answer(scope: Scope, facts: Sequence[Expr], indices_used: Sequence[str], steps: int) -> Verdict:
+    if contradict(facts):
+        return Verdict("closed")
     try:
         return _Query(scope, facts, indices_used, Budget(steps)).verdict()
     except BudgetExceeded as error:
@@ -202,14 +204,14 @@ class _Branch:
 
 def _ranges(scope: Scope, facts: Sequence[Expr], indices_used: Sequence[str]) -> list[Expr]:
     """`0 <= i` and `i < L` for every index that is mentioned, and for those that their bounds mention."""
-    waiting = [name for fact in reversed(facts) for name in sorted(names_in(fact), reverse=True)]
+    waiting = [name for fact in reversed(facts) for name in sorted(set(names_in(fact)), reverse=True)]
     waiting += reversed(indices_used)
     ranges: dict[str, tuple[Expr, ...]] = {}
     while waiting:
         name = waiting.pop()
         if name in scope.indices and name not in ranges:
             ranges[name] = _range(scope, name)
-            waiting += [other for bound in ranges[name] for other in sorted(names_in(bound), reverse=True)]
+            waiting += [other for bound in ranges[name] for other in sorted(set(names_in(bound)), reverse=True)]
     return [bound for of_index in ranges.values() for bound in of_index]
 
 

@@ -36,6 +36,12 @@ class Enumeration:
     size: int
 
 
+# Kinds of codecs that are declared with their layout, and quantise; others stand by their name alone.
+QUANTISED = ("block_scaled", "packed_int", "group_int")
+# Casts to a dtype that tensors may have once they are decoded.
+WIDE_CASTS = ("f32", "bf16", "f16")
+
+
 @dataclass(frozen=True)
 class CodecSpec:
     """A storage format as the map declares it: its name there, its kind, and the arguments of the kind.
@@ -128,20 +134,24 @@ class Map:
     file: tree.File = field(compare=False, repr=False)
 
 
-def names_in(expr: tree.Expr) -> Iterator[str]:
-    """Every name that an expression mentions, as it is written."""
+def children(expr: tree.Expr) -> tuple[tree.Expr, ...]:
+    """The expressions that an expression is made of."""
     match expr:
-        case tree.Name(path=path):
-            yield path
         case tree.Lookup(value=value, index=index):
-            yield from names_in(value)
-            yield from names_in(index)
+            return value, index
         case tree.Call(arguments=items) | tree.ListLiteral(items=items) | tree.Operation(operands=items):
-            for item in items:
-                yield from names_in(item)
+            return items
         case tree.Default(options=items):
-            for item in items:
-                yield from names_in(item)
+            return items
+    return ()
+
+
+def names_in(expr: tree.Expr) -> Iterator[str]:
+    """Every name of a param, an index or a field that an expression mentions, as it is written."""
+    if isinstance(expr, tree.Name):
+        yield expr.path
+    for child in children(expr):
+        yield from names_in(child)
 
 
 def holes(template: tree.Template, kind: type[tree.Part]) -> list[tree.Part]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mapdsl.compiler import ir
+from mapdsl.compiler.codecs import parse_codec
 from mapdsl.compiler.shapes import Layout, keeps_blocks
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic
@@ -20,6 +21,7 @@ class Grade:
 
     grade: str
     reason: str = ""
+    code: str = "D404"  # of the error where a law pins more
 
     @property
     def rank(self) -> int:
@@ -69,17 +71,37 @@ def _trip(
     """Grades of going over and coming back, for each alternative that a tensor may start in.
 
     It goes over in the alternative of the same name if there is one, undecoded where blocks stay whole, else in the
-    first. A tensor without codecs goes over in any.
+    first. A tensor without codecs goes over in any. A dtype that all of the other side states is decoded to, if
+    nothing goes over as it is.
     """
-    theirs = [codec for tensor in there for codec in tensor.codecs]
+    theirs = _written(codec for tensor in there for codec in tensor.codecs)
+    stated = _all_alike(there) and all(tensor.codecs for tensor in here)
+    unknown = not with_complement and not (_all_alike(here) and here[0].codecs)
+    if unknown and any(codec.kind == "cast" for codec in theirs):
+        yield Grade("lossy", "which dtype it had is not known")
     for tensor in here:
         if not tensor.codecs:
             yield from map(_encoded, theirs)
         for codec in tensor.codecs:
             same = [other for other in theirs if other.name == codec.name]
-            if not (same and (whole or codec.kind == "raw")):
+            is_stated = stated and codec.name in ir.WIDE_CASTS
+            if same and (whole or codec.kind == "raw" or is_stated):
+                continue
+            targets = (same or theirs)[:1]
+            if not (is_stated and any(target.name in ir.WIDE_CASTS for target in targets)):
                 yield _decoded(codec, with_complement)
-                yield from map(_encoded, same or theirs[:1])
+            yield from map(_encoded, targets)
+
+
+def _written(codecs: Iterable[ir.CodecSpec]) -> list[ir.CodecSpec]:
+    """The formats that new tensors may be written in: those to be read only are not, if others are there."""
+    every = list(codecs)
+    return [codec for codec in every if not parse_codec(codec).read_only] or every
+
+
+def _all_alike(tensors: tuple[ir.Tensor, ...]) -> bool:
+    """Whether all operands of a side are stored in the same formats."""
+    return all([c.name for c in t.codecs] == [c.name for c in tensors[0].codecs] for t in tensors)
 
 
 def _one_sided(rule: ir.Rule, drops: str) -> Grade:
@@ -101,7 +123,9 @@ def _decoded(codec: ir.CodecSpec, with_complement: bool) -> Grade:
         return BIT if codec.name == "bf16" else Grade("lossy", f"{codec.name} to a narrower dtype")
     if with_complement:
         return BIT
-    return Grade("lossy", f"{codec.name}: scales are found anew" if codec.kind == "block_scaled" else codec.name)
+    if parse_codec(codec).read_only:
+        return Grade("none", f"{codec.name} can be read, not written", "D406")
+    return Grade("lossy", f"{codec.name}: scales are found anew" if codec.kind in ir.QUANTISED else codec.name)
 
 
 def _encoded(codec: ir.CodecSpec) -> Grade:
@@ -110,6 +134,8 @@ def _encoded(codec: ir.CodecSpec) -> Grade:
         return BIT
     if codec.kind == "cast" and codec.name == "f32":
         return BIT
+    if parse_codec(codec).read_only:
+        return Grade("none", f"{codec.name} can be read, not written", "D406")
     return Grade("lossy", f"rounded to {codec.name}")
 
 
@@ -131,5 +157,5 @@ def check_laws(resolved: ir.Map, layouts: Sequence[Layout]) -> list[Diagnostic]:
             grade = rule.left if law.path[0] == sides[0] else rule.right
             if grade is not None and grade.rank > GRADES.index(law.grade):
                 message = f"this rule promises `{grade.grade}` ({grade.reason}), the law pins `{law.grade}`"
-                found.append(Diagnostic("D404", message, (law.span, rule.rule.span)))
+                found.append(Diagnostic(grade.code, message, (law.span, rule.rule.span)))
     return found

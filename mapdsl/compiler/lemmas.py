@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, product
 
 from mapdsl.compiler.arithmetic import Budget, Linear, at_least, equal
 from mapdsl.compiler.logic import FIRST_STRING, Application, Conjunction, Disjunction, Formula, Scope, Symbols
@@ -26,6 +26,15 @@ def violated_law(
     by_function: dict[tuple[str, ...], list[Application]] = {}
     for application in dict.fromkeys(applications):
         by_function.setdefault(application.function, []).append(application)
+        kind, name, *_ = (*application.function, "")
+        if kind == "list" and name in distinct and model.get(application.value, 0) < 0:
+            return at_least(_value(application), 0)
+    for function, group in by_function.items():
+        members = by_function.get(("member", function[1]), []) if function[0] == "list" else []
+        for element, member in product(group, members):
+            budget.spend(1)
+            if (law := _is_member(element, member, model)) is not None:
+                return law
     for function, group in by_function.items():
         for first, second in combinations(group, 2):
             budget.spend(1)
@@ -59,6 +68,14 @@ def _distinct(first: Application, second: Application, model: Mapping[str, int])
     if a.value(model) == b.value(model) or model.get(first.value, 0) != model.get(second.value, 0):
         return None
     return Disjunction((equal(a, b), *_apart(_value(first), _value(second))))
+
+
+def _is_member(element: Application, member: Application, model: Mapping[str, int]) -> Formula | None:
+    """What stands in a list is in it."""
+    (sought,) = member.arguments
+    if sought.value(model) != model.get(element.value, 0) or model.get(member.value, 0) == 1:
+        return None
+    return Disjunction((equal(_value(member), 1), *_apart(sought, _value(element))))
 
 
 def _increasing(first: Application, second: Application, model: Mapping[str, int]) -> Formula | None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Union
 
 from mapdsl.compiler.arithmetic import Constraint, Linear, at_least
-from mapdsl.compiler.evaluation import names_in, rename
+from mapdsl.compiler.evaluation import rename
+from mapdsl.compiler.ir import names_in
 from mapdsl.language.tree import Expr
 
 FIELD = "field "  # marks a config field inside of a param's definition, where it may be called as an index is

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Union
@@ -24,10 +24,22 @@ _RUNS = re.compile(r"[0-9]+|[^0-9]+")
 
 @dataclass(frozen=True)
 class Wildcard:
-    """A segment of any text, or with `many` one or more segments."""
+    """A segment of any text, or with `many` one or more segments; in a companion's name with text around it."""
 
     name: str
     many: bool
+    before: str = ""
+    after: str = ""
+
+    def with_text(self, before: str = "", after: str = "") -> Wildcard:
+        """The wildcard with more text around it."""
+        return Wildcard(self.name, self.many, before + self.before, self.after + after)
+
+    def text_in(self, name: str) -> str | None:
+        """What it stands for in a name; None where the text around it is not there."""
+        end = len(name) - len(self.after)
+        fits = name.startswith(self.before) and name.endswith(self.after) and end > len(self.before)
+        return name[len(self.before) : end] if fits else None
 
 
 Token = Union[str, tree.NumberHole]
@@ -59,6 +71,11 @@ class Pattern:
             for segment in self.segments
             if not isinstance(segment, Wildcard)
         )
+
+
+def runs(text: str) -> list[str]:
+    """A text cut into maximal runs of digits and of other characters."""
+    return _RUNS.findall(text)
 
 
 @dataclass(frozen=True)
@@ -137,21 +154,22 @@ def _segment(pieces: list[str | tree.NumberHole | Wildcard], span: Span) -> Segm
         if isinstance(piece, str):
             text += piece
             continue
-        tokens += _RUNS.findall(text)
+        tokens += runs(text)
         text = ""
         if isinstance(piece, tree.NumberHole):
             tokens.append(piece)
     if not tokens:
         raise TemplateError("K203", "the name has an empty segment", span)
     for one, other in itertools.pairwise(tokens):
-        if _is_number(one) and _is_number(other):
+        if is_number(one) and is_number(other):
             raise TemplateError(
                 "K203", "a number hole touches another number, so the name can be read in two ways", span
             )
     return tuple(tokens)
 
 
-def _is_number(token: Token) -> bool:
+def is_number(token: Token) -> bool:
+    """Whether a token is a run of digits or a hole."""
     return not isinstance(token, str) or token[0] in "0123456789"
 
 
@@ -168,6 +186,8 @@ def unify(one: Pattern, other: Pattern) -> list[Equality] | None:
     equations: list[Equality] = []
     for left, right in zip(ones, others, strict=True):
         if isinstance(left, Wildcard) or isinstance(right, Wildcard):
+            if not _wild_meet(left, right):
+                return None
             continue
         found = _unify_segment(left, right)
         if found is None:
@@ -197,6 +217,25 @@ def _aligned(one: Pattern, other: Pattern) -> tuple[Segments | None, Segments | 
     return ones[:head] + ones[len(ones) - tail :], others[:head] + others[len(others) - tail :]
 
 
+def _wild_meet(left: Segment, right: Segment) -> bool:
+    """Whether a text fits both, where one is a wildcard: by the text around it, as far as that is known of both."""
+    (before, after), (other_before, other_after) = _literal_ends(left), _literal_ends(right)
+    if isinstance(left, Wildcard) and not isinstance(right, Wildcard) and all(isinstance(t, str) for t in right):
+        return left.text_in(other_before) is not None
+    if isinstance(right, Wildcard) and not isinstance(left, Wildcard) and all(isinstance(t, str) for t in left):
+        return right.text_in(before) is not None
+    starts = before.startswith(other_before) or other_before.startswith(before)
+    return starts and (after.endswith(other_after) or other_after.endswith(after))
+
+
+def _literal_ends(segment: Segment) -> tuple[str, str]:
+    """The text that a segment begins with and the one that it ends in, up to its first and from its last hole."""
+    if isinstance(segment, Wildcard):
+        return segment.before, segment.after
+    first, last = (itertools.takewhile(lambda token: isinstance(token, str), way) for way in (segment, segment[::-1]))
+    return "".join(map(str, first)), "".join(map(str, [*last][::-1]))
+
+
 def _unify_segment(left: tuple[Token, ...], right: tuple[Token, ...]) -> list[Equality] | None:
     if len(left) != len(right):
         return None
@@ -205,7 +244,7 @@ def _unify_segment(left: tuple[Token, ...], right: tuple[Token, ...]) -> list[Eq
         if isinstance(one, str) and isinstance(other, str):
             if one != other:
                 return None
-        elif not _is_number(one) or not _is_number(other):
+        elif not is_number(one) or not is_number(other):
             return None
         else:
             values = _value(one), _value(other)
@@ -263,7 +302,10 @@ def read(pattern: Pattern, name: str) -> tuple[list[tuple[tree.Expr, int]], dict
         text = ".".join(segments[place : place + width])
         place += width
         if isinstance(segment, Wildcard):
-            texts[segment.name] = text
+            held = segment.text_in(text)
+            if held is None:
+                return None
+            texts[segment.name] = held
             continue
         found = _read_segment(segment, text)
         if found is None:
@@ -273,11 +315,11 @@ def read(pattern: Pattern, name: str) -> tuple[list[tuple[tree.Expr, int]], dict
 
 
 def _read_segment(tokens: tuple[Token, ...], text: str) -> list[tuple[tree.Expr, int]] | None:
-    runs = _RUNS.findall(text)
-    if len(runs) != len(tokens):
+    found = runs(text)
+    if len(found) != len(tokens):
         return None
     numbers = []
-    for token, run in zip(tokens, runs, strict=True):
+    for token, run in zip(tokens, found, strict=True):
         if isinstance(token, str):
             if token != run:
                 return None
@@ -286,6 +328,17 @@ def _read_segment(tokens: tuple[Token, ...], text: str) -> list[tuple[tree.Expr,
         else:
             numbers.append((token.value, int(run)))
     return numbers
+
+
+def spelled(pattern: Pattern, number: Callable[[tree.Expr], object], text: Callable[[Wildcard], str]) -> str:
+    """The name of a pattern, where `number` says what stands in a hole, and `text` what a wildcard stands for."""
+    segments = []
+    for segment in pattern.segments:
+        if isinstance(segment, Wildcard):
+            segments.append(segment.before + text(segment) + segment.after)
+        else:
+            segments.append("".join(t if isinstance(t, str) else str(number(t.value)) for t in segment))
+    return ".".join(segments)
 
 
 def number_holes(pattern: Pattern) -> Iterator[tree.NumberHole]:

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 
 from mapdsl.compiler.arithmetic import Budget, Linear, at_least, equal
-from mapdsl.compiler.evaluation import children, show
+from mapdsl.compiler.evaluation import show
+from mapdsl.compiler.ir import children
 from mapdsl.compiler.logic import (
     FALSE,
     FIELD,

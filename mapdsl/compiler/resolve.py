@@ -14,7 +14,7 @@ from mapdsl.language.source import Span
 
 # Codecs that need no declaration: a cast to a dtype, a change of value, and "as it is".
 BUILT_IN = {"raw": "raw", "add": "add", "neg_exp": "neg_exp", **dict.fromkeys(CASTS, "cast")}
-KINDS = ("block_scaled",)
+KINDS = ir.QUANTISED
 GENERATORS = ("inv_freq",)
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from mapdsl.compiler import ir
-from mapdsl.compiler.codecs import BlockScaled, parse_codec
+from mapdsl.compiler.codecs import parse_codec
 from mapdsl.language import tree
 from mapdsl.language.source import Span
 
@@ -94,14 +94,14 @@ def layout(rule: ir.Rule, indices: dict[str, ir.Index]) -> Layout:
 def keeps_blocks(rule: ir.Rule, layout: Layout) -> bool:
     """Whether every block of a codec stays whole: the last two dimensions of one tensor a side are left alone.
 
-    Scales that are squeezed do not have the dimensions of their tensor, so that such tensors can only be renamed.
+    Where a part has not the dimensions of its tensor (squeezed scales, say), such tensors can only be renamed.
     """
     if layout.is_rename:
         return True
     if len(rule.left) > 1 or len(rule.right) > 1:
         return False
     codecs = [parse_codec(spec) for tensor in (*rule.left, *rule.right) for spec in tensor.codecs]
-    if any(isinstance(codec, BlockScaled) and codec.squeeze for codec in codecs):
+    if not all(codec.moves_whole for codec in codecs):
         return False
     left, right = (shape.dimensions[-2:] for (shape,) in layout.shapes if shape is not None)
     return len(left) == 2 and left == right and all(isinstance(d, tree.Axis) and d.name and not d.repeat for d in left)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from mapdsl.compiler import ir
-from mapdsl.compiler.codecs import AnyCodec, BlockScaled, codec_key
+from mapdsl.compiler.codecs import AnyCodec, codec_key
 from mapdsl.compiler.shapes import Layout, name_axes
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic
@@ -47,14 +47,9 @@ def check_fit(rule: ir.Rule, layout: Layout, codecs: dict[str, AnyCodec]) -> lis
     for side, shapes in zip(rule.sides, layout.shapes, strict=True):
         for tensor, shape in zip(side, shapes, strict=True):
             for codec in (codecs[codec_key(spec)] for spec in tensor.codecs):
-                if shape is None or not isinstance(codec, BlockScaled):
-                    continue
-                needed = 2 if codec.block[0] not in (None, 1) else 1
-                if len(shape.dimensions) < needed:
-                    blocks = "x".join("*" if size is None else str(size) for size in codec.block)
-                    message = (
-                        f"`{codec.name}` has blocks of {blocks}, but the tensor has the shape {unparse_shape(shape)}"
-                    )
+                if shape is not None and len(shape.dimensions) < codec.needs_dimensions():
+                    needed = f"`{codec.name}` needs {codec.needs_dimensions()} dimensions"
+                    message = f"{needed}, but the tensor has the shape {unparse_shape(shape)}"
                     found.append(Diagnostic("D401", message, (tensor.span,)))
     return found
 

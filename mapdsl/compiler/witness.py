@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mapdsl.compiler.evaluation import EvaluationError, children, evaluate, evaluate_params, names_in, show
+from mapdsl.compiler.evaluation import EvaluationError, evaluate, evaluate_params, show
+from mapdsl.compiler.ir import children, names_in
 from mapdsl.compiler.logic import FIRST_STRING, Application, Scope, Symbols
 from mapdsl.language import tree
 from mapdsl.language.tree import Expr

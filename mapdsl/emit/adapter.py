@@ -190,7 +190,9 @@ USED = {
     "mapdsl.runtime.names": ("Wide",),
     "mapdsl.runtime.values": ("inv_freq",),
     "mapdsl.runtime.codecs.block_scaled": ("BlockScaled",),
-    "mapdsl.runtime.codecs.values": ("Add", "Cast", "NegExp"),
+    "mapdsl.runtime.codecs.group_int": ("GroupInt",),
+    "mapdsl.runtime.codecs.packed_int": ("PackedInt",),
+    "mapdsl.runtime.codecs.values": ("Add", "Cast", "NarrowCast", "NegExp"),
 }
 
 __all__ = ["adapter_source", "class_name", "environment"]

@@ -6,7 +6,7 @@ from mapdsl.compiler import ir
 from mapdsl.language import tree
 
 # Methods of the runtime's Config, the more telling first.
-KINDS = ("table", "numbers", "items", "count", "size", "number", "flag", "param")
+KINDS = ("table", "numbers", "items", "count", "size", "number", "real", "flag", "param")
 _ORDER = ("<", "<=", ">", ">=")
 
 
@@ -32,7 +32,7 @@ class _Kinds:
                 self._tensor(tensor)
             if rule.value is not None and isinstance(rule.value.content, tree.Generator):
                 for argument in rule.value.content.arguments:
-                    self._walk(argument, "number")
+                    self._walk(argument, "real")
         for accept in self.map.accepts:
             if accept.guard is not None:
                 self._walk(accept.guard, "flag")
@@ -56,12 +56,12 @@ class _Kinds:
 
     def _walk(self, expr: tree.Expr, kind: str) -> None:
         """Note what an expression's params are, where the expression itself is of a kind."""
-        number = kind if kind in ("count", "size", "number") else "number"
+        number = kind if kind in ("count", "size", "real") else "number"
         match expr:
             case tree.Name(path=name):
                 self._note(name, "size" if kind == "count" and self._is_config_field(name) else kind)
             case tree.Lookup(value=items, index=index):
-                lists = {"table": "table", "count": "numbers", "size": "numbers", "number": "numbers"}
+                lists = {"table": "table", "count": "numbers", "size": "numbers", "number": "numbers", "real": "items"}
                 self._walk(items, lists.get(kind, "items"))
                 self._walk(index, "size")
             case tree.Call(function="len", arguments=(items,)):

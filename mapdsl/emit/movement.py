@@ -13,7 +13,7 @@ from mapdsl.compiler.shapes import Piece, keeps_blocks
 from mapdsl.emit.expressions import difference, local, quoted
 from mapdsl.emit.layout import INDENT, WIDTH, Bracketed, Code, breakable, call, comprehension, fits, flat, lines
 from mapdsl.emit.reserved import fresh
-from mapdsl.emit.rules import RuleEmitter, clause, shared_codecs
+from mapdsl.emit.rules import RuleEmitter, clause
 from mapdsl.emit.solving import axis_codes, is_simple, mentions, needed
 from mapdsl.emit.views import Run, View, common_runs, cut_dimensions, flattened, view
 from mapdsl.emit.wild import first_position
@@ -247,6 +247,11 @@ class Movement:
             if fits(block := lines(code, depth)) and len(block) < 3:
                 return out + block
             return out + self._spelled_out(to, from_, depth)
+        if filled := self._copies(other, mine):
+            runs = self._runs(self.source, mine, other)
+            from_ = from_.then(
+                f".expand({', '.join([*(self.e.sizes.of[axis] for axis in filled), *['-1'] * len(runs)])})"
+            )
         settle = f"(compare if {copy} else place)"
         return out + self._with_view(to, lambda v: call(settle, v, from_.code, name), depth)
 
@@ -356,9 +361,7 @@ class Movement:
         return bool(self._absorbed(self.source, mine.tensor))
 
     def _into(self) -> str | None:
-        """How the target is stored, where it can be in the codec of the source without being decoded."""
-        whole = keeps_blocks(self.e.rule, self.e.layout) and shared_codecs(self.here[0], self.there[0])
-        return f"into={self.e.stored(self.there[0])}" if whole else None
+        return self.e.into(self.here, self.there, keeps_blocks=keeps_blocks(self.e.rule, self.e.layout))
 
     def _variable(self, tensor: ir.Tensor, side: int) -> str:
         """A variable called by what the name says last."""

@@ -22,6 +22,8 @@ from mapdsl.language.unparse import unparse_shape
 
 LEFT, RIGHT = 0, 1
 
+Tensors = tuple[ir.Tensor, ...]
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -228,15 +230,32 @@ class RuleEmitter:
         """The argument that lets a group be absent."""
         return "optional=True" if self.rule.optional else None
 
+    def into(self, here: Tensors, there: Tensors, *, keeps_blocks: bool) -> str | None:
+        """The argument that says how the target is stored, where that matters: in a format of blocks that both sides
+        share a tensor moves undecoded, and a dtype that the map states for all is decoded to, if all are decoded.
+        """
+        if keeps_blocks and shared_codecs(here[0], there[0]):
+            return f"into={self.stored(there[0])}"
+        names = {tuple(codec.name for codec in tensor.codecs) for tensor in there}
+        codecs = tuple(codec for codec in there[0].codecs if codec.kind == "raw" or codec.name in ir.WIDE_CASTS)
+        if not all(tensor.codecs for tensor in here) or len(names) > 1 or all(c.kind == "raw" for c in codecs):
+            return None
+        return f"into={self.context.stored(codecs)}"
+
     def take(
         self, tensor: ir.Tensor, shape: tree.Shape | None, *, into: str | None = None, name: str = ""
     ) -> Bracketed:
         """`take(NAME, STORED, shape=...)`: taken whole, checked against its shape."""
         return call("take", name or self.name(tensor), self.stored(tensor), *self.stated(shape), self.optional(), into)
 
-    def stated(self, shape: tree.Shape | None) -> list[str]:
-        """Arguments that state a shape: its pattern and the sizes known."""
-        return [] if shape is None else [f"shape={quoted(self.pattern(shape))}", *self.known_sizes(shape)]
+    def stated(self, shape: tree.Shape | None) -> list[Code]:
+        """Arguments that state a shape: the shape itself, or its pattern and the sizes known where some are not."""
+        if shape is None:
+            return []
+        if self.unknown_axes(shape) or any(_holds_sum(dimension) for dimension in shape.dimensions):
+            return [f"shape={quoted(self.pattern(shape))}", *self.known_sizes(shape)]
+        sizes = [_bare(self.sizes.dimension(dimension)) for dimension in shape.dimensions]
+        return [replace(listed(sizes), before="shape=") if sizes else "shape=()"]
 
     # --- whole rules ---
 
@@ -256,7 +275,7 @@ class RuleEmitter:
 
     def _rename(self, here: ir.Tensor, there: ir.Tensor, source: int, depth: int) -> list[str]:
         shape = self.layout.shapes[0][0] if self.layout.shapes[0] else None
-        into = f"into={self.stored(there)}" if shared_codecs(here, there) else None
+        into = self.into((here,), (there,), keeps_blocks=True)
         head, depth = self.wild.head(here.template, source, depth)
         put = "put.carried" if self.rule.is_else else "put"
         but = "but=narrower" if self.rule.is_else and self.wild.narrower(1 - source) else None
@@ -271,16 +290,17 @@ class RuleEmitter:
         value = self.rule.value
         for tensor in self.rule.sides[source]:
             name, stored = self.name(tensor), self.stored(tensor)
+            stated = [*self.stated(tensor.shape), self.optional()]
             code: Bracketed
             if value is None:
                 code = call("take.drop", name, stored)
             elif not value.compared:
                 code = self.take(tensor, tensor.shape)
             elif isinstance(value.content, tree.Template):
-                code = call("take.tied", name, self.name(tensor, value.content), stored, self.optional())
+                code = call("take.tied", name, self.name(tensor, value.content), stored, *stated)
             else:
                 made = self._value(value)
-                code = call("take.equal", name, made, stored, *self.stated(tensor.shape), self.optional())
+                code = call("take.equal", name, made, stored, *stated)
             head, inner = self.wild.head(tensor.template, source, depth)
             out += [*head, *lines(code, inner)]
         return out
@@ -321,13 +341,18 @@ def guard_code(guard: tree.Expr | None, params: Params) -> Code | None:
 
 def shared_codecs(one: ir.Tensor, other: ir.Tensor) -> bool:
     """Whether a tensor can be stored in one codec on both sides, so that it may move undecoded."""
-    mine = {codec.name for codec in one.codecs if codec.kind == "block_scaled"}
+    mine = {codec.name for codec in one.codecs if codec.kind in ir.QUANTISED}
     return bool(mine & {codec.name for codec in other.codecs})
 
 
 def clause(code: Code) -> Code:
     """`for e in range(self.E)` of a comprehension."""
     return f"for {code}" if isinstance(code, str) else replace(code, before=f"for {code.before}")
+
+
+def _holds_sum(dimension: tree.Dimension) -> bool:
+    """Whether a dimension is made of terms: with one of them empty its size would not tell that."""
+    return isinstance(dimension, tree.Sum) or any(isinstance(f, tree.Sum) for f in getattr(dimension, "factors", ()))
 
 
 def _bare(code: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mapdsl.compiler import ir
@@ -75,14 +76,17 @@ class Directions:
         named = [e for e in self.single if not e.rule.is_else]
         checked = [e for e in named if _is_tie(e.rule) and e.rule.sides[source]]
         made = [e for e in named if e.rule.value is not None and not e.rule.sides[source]]
-        made.sort(key=lambda e: _is_tie(e.rule))
-        plain: list[RuleEmitter | Call] = [e for e in named if e not in checked and e not in made]
-        out = self._sections(list(checked), source)
-        out += self._sections([*plain, *(c for body in self.bodies for c in body.calls)], source)
-        out += self._sections(list(made), source)
-        for emitter in sorted(self.elses, key=lambda e: len(e.wild.narrow[source])):
-            out += self._sections([emitter], source)
-        return out[:-1]
+        plain = [e for e in named if e not in checked and e not in made]
+        parts: list[list[RuleEmitter | Call]] = [
+            [*checked],
+            sorted([*plain, *(call for body in self.bodies for call in body.calls)], key=self._place),
+            [e for e in made if not _is_tie(e.rule)],
+            [e for e in made if _is_tie(e.rule)],
+        ]
+        # Of wildcards the narrower ones come first, so that only neighbours share loops.
+        elses = sorted(self.elses, key=lambda e: len(e.wild.narrow[source]))
+        parts += [[*group] for _, group in itertools.groupby(elses, key=lambda e: _loops_key(e.index_loops()))]
+        return [line for part in parts for line in self._sections(part, source)][:-1]
 
     def body(self, body: Body, source: int) -> list[str]:
         """The code of a shared body in one direction."""
@@ -93,22 +97,19 @@ class Directions:
     def _sections(self, items: list[RuleEmitter | Call], source: int) -> list[str]:
         """Rules of the same loops together, in order of their first: the order of rules changes nothing."""
         sections: dict[tuple[str, ...], list[RuleEmitter | Call]] = defaultdict(list)
-        loops: dict[tuple[str, ...], tuple[Loop, ...]] = {}
-        for item in sorted(items, key=self._place):
-            these = item.loops if isinstance(item, Call) else tuple(item.index_loops())
-            key = tuple(flat(loop.code) for loop in these)
+        loops: dict[tuple[str, ...], Sequence[Loop]] = {}
+        for item in items:
+            these = item.loops if isinstance(item, Call) else item.index_loops()
+            key = _loops_key(these)
             loops[key] = these
             sections[key].append(item)
-        out: list[str] = []
-        for key, section in sections.items():
-            out += self._section(loops[key], section, source)
-        return out
+        return [line for key, section in sections.items() for line in self._section(loops[key], section, source)]
 
     def _place(self, item: RuleEmitter | Call) -> int:
         """Calls stand where the first rule of their block stood."""
         return self.order[id(item.rule)] if isinstance(item, RuleEmitter) else item.place
 
-    def _section(self, loops: tuple[Loop, ...], items: list[RuleEmitter | Call], source: int) -> list[str]:
+    def _section(self, loops: Sequence[Loop], items: list[RuleEmitter | Call], source: int) -> list[str]:
         """The loops, and in them the rules, neighbours of one guard under one `if`."""
         depth = 2
         head: list[str] = []
@@ -120,7 +121,7 @@ class Directions:
             rules = list(group)
             guard = self._guard(rules[0])
             inner = depth + (guard is not None)
-            code = [line for item in rules for line in self._item(item, source, inner)]
+            code = self._items(rules, source, inner)
             shut = self._shut(rules, source, depth) if guard is not None else []
             if code and guard is not None:
                 code = [*lines(guard, depth, before="if ", after=":"), *code, *shut]
@@ -132,15 +133,35 @@ class Directions:
             return item.outer_guard()
         return guard_code(item.guard, self.context.attributes)
 
+    def _items(self, items: list[RuleEmitter | Call], source: int, depth: int) -> list[str]:
+        """Rules and calls of shared bodies one after the other; neighbours that run over the same spellings share the
+        loop over them.
+        """
+        out: list[str] = []
+        emitted = [item for item in items if isinstance(item, Call) or item.emit(source, depth)]
+        for _, group in itertools.groupby(emitted, key=lambda item: _loops_key(_inner_loops(item))):
+            rules = list(group)
+            loops = _inner_loops(rules[0])
+            heads = [line for n, loop in enumerate(loops) for line in loop.lines(depth + n)]
+            inner = depth + len(loops)
+            if len(rules) == 1:  # its comment stands above the loop
+                out += [*self._comment(rules[0], depth), *heads, *self._item(rules[0], source, inner)]
+                continue
+            out += heads
+            for item in rules:
+                out += [*self._comment(item, inner), *self._item(item, source, inner)]
+        return out
+
+    def _comment(self, item: RuleEmitter | Call, depth: int) -> list[str]:
+        """A rule as it is written."""
+        return comment(item.rule.span, depth, self.context.map) if isinstance(item, RuleEmitter) else []
+
     def _item(self, item: RuleEmitter | Call, source: int, depth: int) -> list[str]:
-        """One rule: a comment with its text, its code; or the call of a shared body."""
-        if isinstance(item, Call):
-            method = f"self.{item.method}{DIRECTIONS[source]}"
-            return lines(call(method, "take", "put", *(p for p in item.prefixes if p)), depth)
-        loops = item.inner_loops()
-        code = item.emit(source, depth + len(loops))
-        heads = [line for n, loop in enumerate(loops) for line in loop.lines(depth + n)]
-        return [*comment(item.rule.span, depth, self.context.map), *heads, *code] if code else []
+        """The code of one rule within its loops, or the call of a shared body."""
+        if isinstance(item, RuleEmitter):
+            return item.emit(source, depth)
+        method = f"self.{item.method}{DIRECTIONS[source]}"
+        return lines(call(method, "take", "put", *(p for p in item.prefixes if p)), depth)
 
     # --- wildcards ---
 
@@ -257,6 +278,15 @@ class Directions:
             place = min(self.order[id(e.rule)] for e in variant)
             body.calls.append(Call(loops, guard, body.name, (left, right), place))
         return body
+
+
+def _inner_loops(item: RuleEmitter | Call) -> list[Loop]:
+    return item.inner_loops() if isinstance(item, RuleEmitter) else []
+
+
+def _loops_key(loops: Sequence[Loop]) -> tuple[str, ...]:
+    """Loops by what they say: rules with the same ones may share them."""
+    return tuple(flat(loop.code) for loop in loops)
 
 
 def _levels(versions: list[RuleEmitter]) -> int:

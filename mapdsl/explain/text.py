@@ -87,7 +87,7 @@ class _Writer:
         for index in reading.values:
             yield "range", self._range(index)
         if reading.rule.guard is not None:
-            yield "where", unparse_expression(reading.rule.guard)
+            yield "where", unparse_expression(reading.rule.guard) + self._given(reading.rule.guard)
         if reading.unproved:
             yield "", f"(not proved to hold for any config: {reading.unproved})"
         elif self.params is None and not reading.shut and reading.example:
@@ -98,6 +98,12 @@ class _Writer:
             yield "else", "it carries names that no other rule names"
         if reading.rule.optional:
             yield "optional", "it may be absent"
+
+    def _given(self, guard: tree.Expr) -> str:
+        """The values of the params in a guard, under a config; lists are too long to be told."""
+        values = {name: value for name in ir.names_in(guard) if (value := (self.params or {}).get(name)) is not None}
+        words = [f"{name} = {_value(value)}" for name, value in values.items() if not isinstance(value, list)]
+        return f"  ({', '.join(words)})" if words else ""
 
     def _range(self, name: str) -> str:
         index = self.map.indices[name]

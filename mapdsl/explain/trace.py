@@ -144,7 +144,7 @@ class _Tracer:
             self.checked.layouts[entry.rule],
             name,
             key,
-            self._certain(entry.pattern, shown),
+            self._certain(entry.pattern, name, shown),
             shown.witness,
             texts,
             self._codecs(tensor, key, name) if key != name else (),
@@ -158,7 +158,7 @@ class _Tracer:
         codecs = [self.checked.codecs[codec_key(spec)] for spec in tensor.codecs]
         return tuple(codec for codec in codecs if name in codec.names(key))
 
-    def _certain(self, pattern: Pattern, verdict: Verdict) -> dict[str, int]:
+    def _certain(self, pattern: Pattern, name: str, verdict: Verdict) -> dict[str, int]:
         """Indices whose value follows from the name: alone in a hole, or beside params that are known."""
         certain = {}
         for hole in number_holes(pattern):
@@ -166,6 +166,10 @@ class _Tracer:
             indices = [name for name in names if name in self.map.indices]
             if len(indices) == 1 and names - set(indices) <= set(self.params) and indices[0] in verdict.model:
                 certain[indices[0]] = verdict.model[indices[0]]
+        if not verdict.model:  # outside of every range: what stands alone in a hole is certain all the same
+            numbers, _ = read(pattern, name) or ([], {})
+            alone = {expr.path: number for expr, number in numbers if isinstance(expr, tree.Name)}
+            certain |= {index: number for index, number in alone.items() if index in self.map.indices}
         return certain
 
     def _respelled(self, name: str) -> Iterator[tuple[ir.Accept, str]]:

@@ -73,6 +73,7 @@ CATALOGUE: dict[str, Entry] = {
     "R605": Entry("group-incomplete", "part of a group is missing", "t"),
     "R606": Entry("wrong-shape", "tensor does not fit the rule", "t"),
     "R607": Entry("foreign-complement", "complement of another checkpoint", "t"),
+    "R608": Entry("not-finite", "a scale is infinite or NaN", "t"),
     "L701": Entry("unused", "unused index or codec", "c", "lint"),
     "L703": Entry("unformatted", "run `mapdsl fmt`", "c", "lint"),
     "L704": Entry("mergeable", "lines differ in one word", "c", "lint"),

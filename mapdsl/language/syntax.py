@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from lark.exceptions import UnexpectedInput
@@ -23,6 +24,8 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     """The text of a file; MapError where it cannot be read (N116), or is too big or no UTF-8 (S101)."""
     name = os.fspath(path)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would be to wait for somebody who writes
+            raise OSError(0, "expected a regular file, found a folder, a pipe or a device")
         with Path(path).open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as problem:

@@ -8,54 +8,49 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Union
 
-from mapdsl.language.source import Source, Span
+from mapdsl.language.node import Node as Node
+from mapdsl.language.node import node
+from mapdsl.language.source import Source
 
 # --- expressions: params, index bounds, guards ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Node:
-    """Base of all nodes; `span` is where the node stands in its file."""
-
-    span: Span = field(compare=False, repr=False, kw_only=True)
-
-
-@dataclass(frozen=True)
+@node
 class Number(Node):
     """`3`; in values and generators also `-0.5`."""
 
     value: int | float
 
 
-@dataclass(frozen=True)
+@node
 class String(Node):
     """`"full_attention"`."""
 
     value: str
 
 
-@dataclass(frozen=True)
+@node
 class Boolean(Node):
     """`true` or `false`."""
 
     value: bool
 
 
-@dataclass(frozen=True)
+@node
 class ListLiteral(Node):
     """`[0, 4, 128]`."""
 
     items: tuple[Expr, ...]
 
 
-@dataclass(frozen=True)
+@node
 class Name(Node):
     """A param, an index or a config field: `L`, `text_config.hidden_size`."""
 
     path: str
 
 
-@dataclass(frozen=True)
+@node
 class Lookup(Node):
     """`X[n]`: an element of a list."""
 
@@ -63,7 +58,7 @@ class Lookup(Node):
     index: Expr
 
 
-@dataclass(frozen=True)
+@node
 class Call(Node):
     """`len(X)`, `positions(X, "v")`, `size(tp)`."""
 
@@ -71,14 +66,14 @@ class Call(Node):
     arguments: tuple[Expr, ...]
 
 
-@dataclass(frozen=True)
+@node
 class Has(Node):
     """`has(KEY)`: does the checkpoint hold a name of that template?"""
 
     template: Template
 
 
-@dataclass(frozen=True)
+@node
 class Operation(Node):
     """`operator` is one of `+ - * // % == != < <= > >= in and or not`; unary minus is `-` with one operand.
 
@@ -89,7 +84,7 @@ class Operation(Node):
     operands: tuple[Expr, ...]
 
 
-@dataclass(frozen=True)
+@node
 class Default(Node):
     """`a ?? b ?? c`: the first that is neither absent nor null."""
 
@@ -101,14 +96,14 @@ Expr = Union[Number, String, Boolean, ListLiteral, Name, Lookup, Call, Has, Oper
 # --- names ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@node
 class Text(Node):
     """Literal characters of a name."""
 
     text: str
 
 
-@dataclass(frozen=True)
+@node
 class NumberHole(Node):
     """`{i}`, `{i+1}`, `{L+k}`, `{A[a]}`, `{local e}`, `{repeat e}`; `{j}` repeats the spelling of an enumeration."""
 
@@ -117,7 +112,7 @@ class NumberHole(Node):
     repeat: bool = False
 
 
-@dataclass(frozen=True)
+@node
 class EnumHole(Node):
     """`{j:w1|w3}`, `{repeat j:gate|up}`: an axis whose positions are spelled so."""
 
@@ -126,7 +121,7 @@ class EnumHole(Node):
     repeat: bool = False
 
 
-@dataclass(frozen=True)
+@node
 class WildcardHole(Node):
     """`{*}`, `{n:*}` (one whole segment) or, with `many`, `{..}`, `{n:..}` (one or more segments)."""
 
@@ -137,7 +132,7 @@ class WildcardHole(Node):
 Part = Union[Text, NumberHole, EnumHole, WildcardHole]
 
 
-@dataclass(frozen=True)
+@node
 class Template(Node):
     """A name with holes. `.` alone (the empty prefix of a block) has no parts."""
 
@@ -147,7 +142,7 @@ class Template(Node):
 # --- shapes --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@node
 class Axis(Node):
     """A named axis, or (an integer, `size`) an axis of that size; `1` is a dimension of size one."""
 
@@ -156,21 +151,21 @@ class Axis(Node):
     repeat: bool = False
 
 
-@dataclass(frozen=True)
+@node
 class Sum(Node):
     """`a b + c`: terms laid end to end along one dimension."""
 
     terms: tuple[Product, ...]
 
 
-@dataclass(frozen=True)
+@node
 class Product(Node):
     """`h c` or `g (r c + c)`: factors, slowest first."""
 
     factors: tuple[Axis | Sum, ...]
 
 
-@dataclass(frozen=True)
+@node
 class Pad(Node):
     """`pad(V, 128*size(tp))`: a dimension rounded up to a multiple, the rest zeros."""
 
@@ -181,7 +176,7 @@ class Pad(Node):
 Dimension = Union[Axis, Product, Sum, Pad]
 
 
-@dataclass(frozen=True)
+@node
 class Shape(Node):
     """`[f d]`: dimensions, slowest first; `[]` is a scalar."""
 
@@ -191,7 +186,7 @@ class Shape(Node):
 # --- rules ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@node
 class CodecUse(Node):
     """One alternative behind `as`: `fp8`, `raw`, `f32`, `add(1)`."""
 
@@ -199,7 +194,7 @@ class CodecUse(Node):
     arguments: tuple[Argument, ...] = ()
 
 
-@dataclass(frozen=True)
+@node
 class Tensor(Node):
     """`KEY [shape] as a|b`."""
 
@@ -208,7 +203,7 @@ class Tensor(Node):
     codecs: tuple[CodecUse, ...] = ()
 
 
-@dataclass(frozen=True)
+@node
 class Generator(Node):
     """`inv_freq(rope_theta, c)`: a value computed from params and sizes."""
 
@@ -216,7 +211,7 @@ class Generator(Node):
     arguments: tuple[Expr, ...]
 
 
-@dataclass(frozen=True)
+@node
 class Value(Node):
     """`= V` (compared) or `~ V` (not compared) behind an absent side: a number, another name, or a generator."""
 
@@ -224,7 +219,7 @@ class Value(Node):
     compared: bool
 
 
-@dataclass(frozen=True)
+@node
 class Rule(Node):
     """One line. A side without tensors is `_`."""
 
@@ -237,7 +232,7 @@ class Rule(Node):
     guard: Expr | None = None
 
 
-@dataclass(frozen=True)
+@node
 class Pair(Node):
     """One pair of prefixes of a block head, with its own guard."""
 
@@ -246,7 +241,7 @@ class Pair(Node):
     guard: Expr | None = None
 
 
-@dataclass(frozen=True)
+@node
 class Block(Node):
     """Statements that hold under each pair of prefixes."""
 
@@ -257,7 +252,7 @@ class Block(Node):
 # --- declarations --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@node
 class Header(Node):
     """`map NAME: LEFT <-> RIGHT`."""
 
@@ -266,7 +261,7 @@ class Header(Node):
     right: str
 
 
-@dataclass(frozen=True)
+@node
 class Param(Node):
     """`param P = EXPR`; `param P` alone stands for `param P = P`, the config field of that name."""
 
@@ -274,7 +269,7 @@ class Param(Node):
     value: Expr
 
 
-@dataclass(frozen=True)
+@node
 class Index(Node):
     """`index i < U`, `index A <= i < U`; without an upper bound `index x >= A`."""
 
@@ -283,7 +278,7 @@ class Index(Node):
     upper: Expr | None
 
 
-@dataclass(frozen=True)
+@node
 class Argument(Node):
     """An argument of a codec, `name=value` or by position; a value is `a|b`, a string, or a number."""
 
@@ -291,7 +286,7 @@ class Argument(Node):
     value: tuple[str, ...] | str | int | float
 
 
-@dataclass(frozen=True)
+@node
 class Codec(Node):
     """`codec C = KIND(ARGS)`."""
 
@@ -300,7 +295,7 @@ class Codec(Node):
     arguments: tuple[Argument, ...]
 
 
-@dataclass(frozen=True)
+@node
 class MeshAxis(Node):
     """An axis behind `shards`: `h`, `e unevenly`, `e by ceil`, `g or copies`."""
 
@@ -310,7 +305,7 @@ class MeshAxis(Node):
     copies: bool = False
 
 
-@dataclass(frozen=True)
+@node
 class Mesh(Node):
     """`mesh tp shards h, f`."""
 
@@ -318,7 +313,7 @@ class Mesh(Node):
     axes: tuple[MeshAxis, ...]
 
 
-@dataclass(frozen=True)
+@node
 class Accept(Node):
     """`accept OLD for NEW where C`."""
 
@@ -327,7 +322,7 @@ class Accept(Node):
     guard: Expr | None = None
 
 
-@dataclass(frozen=True)
+@node
 class Binding(Node):
     """`P = EXPR` behind `with`."""
 
@@ -335,7 +330,7 @@ class Binding(Node):
     value: Expr
 
 
-@dataclass(frozen=True)
+@node
 class Include(Node):
     """`include "f.map" with config = text_config, P = EXPR where C`."""
 
@@ -344,21 +339,21 @@ class Include(Node):
     guard: Expr | None = None
 
 
-@dataclass(frozen=True)
+@node
 class Override(Node):
     """`override RULE`."""
 
     rule: Rule
 
 
-@dataclass(frozen=True)
+@node
 class Remove(Node):
     """`remove KEY`."""
 
     template: Template
 
 
-@dataclass(frozen=True)
+@node
 class Example(Node):
     """`example KEY -> KEY`, `example KEY <- KEY`; a target of None is `error`."""
 
@@ -367,7 +362,7 @@ class Example(Node):
     target: str | None
 
 
-@dataclass(frozen=True)
+@node
 class Law(Node):
     """`law left -> right -> left: bit, guarded`."""
 

@@ -15,7 +15,6 @@ from mapdsl.runtime.config import Config, UndecidedError
 from mapdsl.runtime.errors import ConversionError, rule_at_work
 from mapdsl.runtime.name_list import NameList
 from mapdsl.runtime.put import Put, Sink
-from mapdsl.runtime.sizes import shape_of
 from mapdsl.runtime.take import Take
 
 Keys = dict[str, tuple["tuple[int | None, ...] | None", "torch.dtype | None"]]
@@ -103,7 +102,8 @@ class Adapter:
             sink,
             read_back,
             dtype=dtype,
-            entries=self.complement.right,
+            entries=complement.right,
+            decoded=complement.decoded,
             named=_once(self._right_named),
             source=take,
         )
@@ -117,15 +117,18 @@ class Adapter:
         state_dict: Mapping[str, Tensor],
         *,
         quantization: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
         partial: bool = False,
     ) -> dict[str, Tensor]:
         """The left side's state from the right's. Raises ConversionError where they do not fit.
 
         With `quantization` a tensor is stored as reading found it, its kept scales included, and in the map's first
-        format where nothing was read; without, it is stored as it is wherever the map allows that.
+        format where nothing was read; without, it is stored as it is wherever the map allows that. `dtype` is that of
+        tensors which have a format on the right alone, unless reading found another, and of constants.
         """
         made: dict[str, Tensor] = {}
-        self.write_into(state_dict, made.__setitem__, made.__getitem__, quantization=quantization, partial=partial)
+        sink, read_back = made.__setitem__, made.__getitem__
+        self.write_into(state_dict, sink, read_back, quantization=quantization, dtype=dtype, partial=partial)
         return made
 
     def write_into(
@@ -135,19 +138,29 @@ class Adapter:
         read_back: Any,
         *,
         quantization: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
         partial: bool = False,
     ) -> None:
         """Like `write`, each tensor given to `sink` as soon as it is made."""
-        self.complement.edited.clear()
-        self.complement.right.clear()
+        complement = self.complement
+        complement.edited.clear()
+        complement.right.clear()
         self.set_params(self.config)
-        take = Take(state_dict, partial=partial, quantization=quantization, entries=self.complement.right)
+        take = Take(
+            state_dict,
+            dtype=dtype,
+            partial=partial,
+            quantization=quantization,
+            entries=complement.right,
+            decoded=complement.decoded,
+        )
         put = Put(
             sink,
             read_back,
+            dtype=dtype,
             quantization=quantization,
-            entries=self.complement.entries,
-            edited=self.complement.edited,
+            entries=complement.entries,
+            edited=complement.edited,
             named=_once(self._left_named),
             source=take,
         )
@@ -156,7 +169,10 @@ class Adapter:
         take.finish()
 
     def write_one(self, name: str, tensor: Tensor, *, quantization: bool = False) -> list[tuple[str, Tensor]]:
-        """The left side's tensors of one tensor of the right; R605 where its rule needs others with it."""
+        """The left side's tensors of one tensor of the right; R605 where its rule needs others with it.
+
+        None where the left has nothing of it, such as a tied tensor: alone it cannot be compared with its twin.
+        """
         return list(self.write({name: tensor}, quantization=quantization, partial=True).items())
 
     # --- names ---
@@ -191,8 +207,9 @@ class Adapter:
 
 def _keys(names: NameList, chooser: Put) -> Keys:
     keys: Keys = {}
-    for name, stored, shape, sizes in names.names:
-        logical = None if shape is None else shape_of(shape, sizes)
+    shapes = names.shapes()
+    for name, stored, *_ in names.names:
+        logical = shapes[name]
         codec = chooser.alternative(name, stored)
         if not isinstance(codec, Codec):
             keys[name] = (logical, None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 
+import torch
+
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.kept import Kept
 
@@ -28,12 +30,14 @@ class Complement:
 
     `found` also holds the answers of `has(...)` by param. After writing, `edited` counts by stored name the blocks
     whose value had changed, so that they were encoded anew. `spelled` holds the legacy spellings that were read, by the
-    names that they were read as. A caller may put a mapping of its own in the place of `entries`, one that keeps them
-    on disk.
+    names that they were read as. `decoded` holds, by name on the right, the dtype that a tensor had on the left where
+    the right has a format for it. Of constants `entries` and `right` hold the dtype in the place of the alternative. A
+    caller may put a mapping of its own in the place of `entries`, one that keeps them on disk.
     """
 
     entries: Entries = field(default_factory=dict)
     right: Entries = field(default_factory=dict)
+    decoded: dict[str, torch.dtype] = field(default_factory=dict)
     found: dict[str, bool] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)
     edited: dict[str, int] = field(default_factory=dict)
@@ -41,6 +45,7 @@ class Complement:
     def clear(self) -> None:
         """Forget the left side: a new checkpoint is read."""
         self.entries.clear()
+        self.decoded.clear()
         self.found.clear()
         self.spelled.clear()
         self.edited.clear()

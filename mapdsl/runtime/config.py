@@ -40,7 +40,8 @@ class Config:
     """The config of the left side's checkpoint, with params that the caller gave on top.
 
     Params are asked for by what the map uses them as: `count` (how many of something there are), `size` (of an axis),
-    `number`, `flag`, `items` (a list), `table` (a list of distinct numbers), or `param` where it does not matter.
+    `number` (to compute or compare with), `real` (a fraction too), `flag`, `items` (a list), `numbers` (a list of
+    such), `table` (a list of distinct numbers), or `param` where it does not matter.
     """
 
     def __init__(self, config: Any, params: Mapping[str, Any]) -> None:
@@ -55,6 +56,8 @@ class Config:
             value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
             if value is None:
                 raise ConversionError("N115", f"the config has no `{path}`; give it, or the param that needs it")
+        if isinstance(value, int) and value < 0:  # maps are proved for integers from 0
+            raise ConversionError("C505", f"the config's `{path}` is {shown(value)}; expected an integer from 0")
         return value
 
     def param(self, name: str, *options: Callable[[], Any]) -> Any:
@@ -82,6 +85,10 @@ class Config:
         return self._integer(name, options, MAX_SIZE)
 
     def number(self, name: str, *options: Callable[[], Any]) -> Any:
+        """An integer that is computed or compared with: a map is not proved for fractions."""
+        return self._integer(name, options, MAX_SIZE)
+
+    def real(self, name: str, *options: Callable[[], Any]) -> Any:
         """An integer or a float."""
         value = self.param(name, *options)
         return self._of_kind(name, value, isinstance(value, (int, float)) and not isinstance(value, bool), "a number")
@@ -97,11 +104,11 @@ class Config:
         return self._of_kind(name, value, isinstance(value, Items), "a list")
 
     def numbers(self, name: str, *options: Callable[[], Any]) -> Any:
-        """A list of numbers; elements may be null where they are not asked for."""
+        """A list of integers; elements may be null where they are not asked for."""
         values = self.items(name, *options)
         for place, value in enumerate([] if isinstance(values, Undecided) else values):
-            fits = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-            self._of_kind(f"{name}[{place}]", value, fits, "a number")
+            fits = value is None or (isinstance(value, int) and not isinstance(value, bool))
+            self._of_kind(f"{name}[{place}]", value, fits, "an integer")
         return values
 
     def table(self, name: str, *options: Callable[[], Any]) -> Any:

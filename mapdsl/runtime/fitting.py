@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Union
 
 import torch
 from torch import Tensor
@@ -10,9 +11,16 @@ from torch import Tensor
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.sizes import SizeError, axis_sizes
 
+# The shape that a tensor must have: its sizes, or a pattern such as `V d` where some are not known.
+Pattern = Union[str, "tuple[int, ...]"]
 
-def fitted(name: str, pattern: str, shape: Iterable[int], known: Mapping[str, int]) -> dict[str, int]:
+
+def fitted(name: str, pattern: Pattern, shape: Iterable[int], known: Mapping[str, int]) -> dict[str, int]:
     """Sizes of all axes of a pattern against a tensor's shape; an error names the tensor."""
+    if not isinstance(pattern, str):
+        if pattern != (found := tuple(shape)):
+            raise ConversionError("R606", f"{name}: expected {list(pattern)}, found {list(found)}")
+        return {}
     try:
         return axis_sizes(pattern, tuple(shape), known)
     except SizeError as err:

@@ -9,19 +9,23 @@ from torch import Tensor
 
 from mapdsl.runtime.complement import Alternatives
 from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.fitting import Pattern
 from mapdsl.runtime.names import Wide
-from mapdsl.runtime.take import AS_IS, NOT_AT_ALL, Operand, Take
+from mapdsl.runtime.sizes import PartialShape, either_shape, shape_of
+from mapdsl.runtime.stored_forms import AS_IS, NOT_AT_ALL
+from mapdsl.runtime.take import Operand, Take
 
 MAX_NAMES = 10_000_000
 
 
 class Listed(NamedTuple):
-    """One name of a side, how it is stored, the pattern of its shape and the sizes known."""
+    """One name of a side, how it is stored, the pattern of its shape and the sizes known; of a tie, its twin."""
 
     name: str
     stored: Alternatives
-    shape: str | None
+    shape: Pattern | None
     sizes: Mapping[str, int]
+    twin: str | None = None
 
 
 class NameList(Take):
@@ -41,7 +45,7 @@ class NameList(Take):
         name: str,
         stored: Alternatives = AS_IS,
         *,
-        shape: str | None = None,
+        shape: Pattern | None = None,
         optional: bool = False,
         into: Alternatives = NOT_AT_ALL,
         **sizes: int,
@@ -65,7 +69,7 @@ class NameList(Take):
         value: float | Tensor,
         stored: Alternatives = AS_IS,
         *,
-        shape: str | None = None,
+        shape: Pattern | None = None,
         optional: bool = False,
         **sizes: int,
     ) -> None:
@@ -73,10 +77,26 @@ class NameList(Take):
         del value
         self._note(name, stored, shape, optional, sizes)
 
-    def tied(self, name: str, other: str, stored: Alternatives = AS_IS, *, optional: bool = False) -> None:
+    def tied(
+        self,
+        name: str,
+        other: str,
+        stored: Alternatives = AS_IS,
+        *,
+        shape: Pattern | None = None,
+        optional: bool = False,
+        **sizes: int,
+    ) -> None:
         """Note a tied tensor; its twin is another rule's."""
-        del other
-        self._note(name, stored, None, optional, {})
+        self._note(name, stored, shape, optional, sizes, twin=other)
+
+    def shapes(self) -> dict[str, tuple[int | None, ...] | None]:
+        """The shape of every name as far as it is known; a tie has that of its twin."""
+        own: dict[str, PartialShape | None] = {
+            of.name: shape_of(of.shape, of.sizes) if isinstance(of.shape, str) else of.shape for of in self.names
+        }
+        ties = {of.name: of.twin for of in self.names if of.twin is not None}
+        return own | {name: either_shape(own[name], own.get(twin)) for name, twin in ties.items()}
 
     def drop(self, name: str, stored: Alternatives = AS_IS) -> None:
         """A dropped tensor is no part of the layout, but it has its rule."""
@@ -88,11 +108,18 @@ class NameList(Take):
         self.named.update(name for name in names if isinstance(name, str))
 
     def _note(
-        self, name: str, stored: Alternatives, shape: str | None, optional: bool, sizes: Mapping[str, int]
+        self,
+        name: str,
+        stored: Alternatives,
+        shape: Pattern | None,
+        optional: bool,
+        sizes: Mapping[str, int],
+        twin: str | None = None,
     ) -> None:
         self.named.add(name)
         if len(self.named) > MAX_NAMES:
             raise ConversionError("C505", f"the config makes more than {MAX_NAMES:,} tensors")
         # A tensor without elements is on neither side: the other one has no names for it.
-        if not optional and all(size > 0 for size in sizes.values()):
-            self.names.append(Listed(name, stored, shape, sizes))
+        stated = shape if isinstance(shape, tuple) else ()
+        if not optional and all(size > 0 for size in (*sizes.values(), *stated)):
+            self.names.append(Listed(name, stored, shape, sizes, twin))

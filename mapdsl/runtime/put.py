@@ -10,7 +10,8 @@ from torch import Tensor
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.complement import RAW, Alternatives, Complement, Entries, Raw
 from mapdsl.runtime.errors import ConversionError
-from mapdsl.runtime.take import AS_IS, Take
+from mapdsl.runtime.stored_forms import AS_IS
+from mapdsl.runtime.take import Take
 from mapdsl.runtime.undecoded import Undecoded
 
 Sink = Callable[[str, Tensor], None]
@@ -21,8 +22,8 @@ class Put:
 
     `quantization` decides among the alternatives of a stored tensor: True takes what reading found (`entries`), else
     the one that it was taken in from `source`, else the first; False takes `raw` where the map allows it. `edited`
-    counts blocks that were encoded anew. `named` gives the names that rules without `{..}` speak of; `device` is that
-    of what the map makes, by default the one of the tensors taken.
+    counts blocks that were encoded anew; `decoded` notes the dtype of what is encoded. `named` gives the names that
+    rules without `{..}` speak of; `device` is that of what the map makes, by default the one of the tensors taken.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Put:
         quantization: bool = True,
         entries: Entries | None = None,
         edited: dict[str, int] | None = None,
+        decoded: dict[str, torch.dtype] | None = None,
         named: Callable[[], Container[str]] = frozenset,
         source: Take | None = None,
         device: torch.device | None = None,
@@ -44,6 +46,7 @@ class Put:
         self.quantization = quantization
         self.entries = entries if entries is not None else Complement().entries
         self.edited = edited if edited is not None else {}
+        self.decoded = decoded if decoded is not None else {}
         self._named = named
         self._source = source
         self._own_device = device
@@ -61,13 +64,14 @@ class Put:
         if isinstance(codec, Raw):
             self._out(name, tensor)
             return
+        self.decoded[name] = tensor.dtype
         entry = self.entries.get(name)
         kept = entry[1] if entry is not None and entry[0] == codec.name else None
         encoded = codec.encode(name, tensor, kept)
         if encoded.edited:
             self.edited[name] = encoded.edited
         for part, value in encoded.parts.items():
-            self._out(part, value)
+            self._out(part, value.contiguous())  # a cast of a transposed view is transposed in memory too
 
     def part(self, name: str, view: Tensor, stored: Alternatives = AS_IS) -> None:
         """Put a piece of a larger tensor: it gets memory of its own."""
@@ -92,12 +96,14 @@ class Put:
                 raise ConversionError("R603", f"a wildcard would carry a tensor over to {name}, a name of another rule")
 
     def full(self, name: str, shape: tuple[int, ...], value: float, stored: Alternatives = AS_IS) -> None:
-        """Put a constant tensor."""
-        self(name, torch.full(shape, value, dtype=self.dtype, device=self._device), self._unread(name, stored))
+        """Put a constant tensor, in the dtype that it was found in."""
+        dtype = self._found_dtype(name, stored) or self.dtype
+        self(name, torch.full(shape, value, dtype=dtype, device=self._device), self._unread(name, stored))
 
     def made(self, name: str, tensor: Tensor, stored: Alternatives = AS_IS) -> None:
-        """Put a tensor that the map computes."""
-        self(name, tensor.to(self._device or tensor.device), self._unread(name, stored))
+        """Put a tensor that the map computes, in the dtype that it was found in."""
+        dtype = self._found_dtype(name, stored) or tensor.dtype
+        self(name, tensor.to(self._device or tensor.device, dtype), self._unread(name, stored))
 
     def tie(self, name: str, other: str, stored: Alternatives = AS_IS) -> None:
         """Put a tensor that equals one put before, companions included."""
@@ -118,6 +124,12 @@ class Put:
         entry = self.entries.get(name)
         found = entry[0] if entry is not None else self._source.last if self._source is not None else None
         return next((codec for codec in stored if codec.name == found), stored[0])
+
+    def _found_dtype(self, name: str, stored: Alternatives) -> torch.dtype | None:
+        """The dtype that a constant was found in, if it was and is stored as it is; `Take.equal` notes it."""
+        entry = self.entries.get(name) if stored is AS_IS else None
+        dtype = getattr(torch, entry[0], None) if entry is not None else None
+        return dtype if isinstance(dtype, torch.dtype) else None
 
     def _unread(self, name: str, stored: Alternatives) -> Alternatives:
         """The alternatives of a tensor that was made, not taken: the first, unless there is a reason for another."""

@@ -66,6 +66,16 @@ def shape_of(pattern: str, sizes: Mapping[str, int]) -> tuple[int | None, ...]:
     return tuple(shape)
 
 
+PartialShape = tuple["int | None", ...]
+
+
+def either_shape(one: PartialShape | None, other: PartialShape | None) -> PartialShape | None:
+    """What is known of a shape that two tensors have, or that only one of them says."""
+    if one is None or other is None or len(one) != len(other):
+        return other if one is None else one
+    return tuple(mine if mine is not None else theirs for mine, theirs in zip(one, other, strict=True))
+
+
 def unsolved_axes(patterns: Sequence[str], known: set[str]) -> set[str]:
     """The axes that the dimensions of some tensors, all of known size, do not determine."""
     found = set(known)

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec
-from mapdsl.runtime.codecs.formats import FLOAT_DTYPES
+from mapdsl.runtime.codecs.values import Cast
 from mapdsl.runtime.complement import RAW, Alternatives, Complement, Entries, Raw
 from mapdsl.runtime.errors import ConversionError
-from mapdsl.runtime.fitting import compare, fitted, place, reshaped, same_bytes
+from mapdsl.runtime.fitting import Pattern, compare, fitted, place, reshaped, same_bytes
 from mapdsl.runtime.sizes import parse_pattern
-from mapdsl.runtime.state_names import StateNames
+from mapdsl.runtime.stored_forms import AS_IS, NOT_AT_ALL, StoredForms
 from mapdsl.runtime.undecoded import Undecoded
-
-AS_IS: Alternatives = (RAW,)
-NOT_AT_ALL: Alternatives = ()
 
 # The names of one operand of a rule, the pattern of their shape, and how they are stored (as they are, if not said).
 Names = str | Iterable[str]
@@ -32,23 +29,26 @@ MAX_ABSENT = 10_000_000
 class Member(NamedTuple):
     """What is known of a tensor of the group at hand.
 
-    `first` is the first name of its operand, `moved` the codec that it is moved in, undecoded.
+    `first` is the first name of its operand, `into` how the other side stores it, `moved` the codec that it is moved
+    in, undecoded.
     """
 
     first: str
     stored: Alternatives
-    shape: str | None
+    shape: Pattern | None
     sizes: Mapping[str, int]
-    moved: Codec | None
+    into: Alternatives
+    moved: Codec | None = None
 
 
-class Take(StateNames):
+class Take(StoredForms):
     """The tensors of one side, handed out once each.
 
     `tensors` may be lazy: each of its values is asked for once. A tensor that is stored in one of several formats comes
     decoded, in `dtype`; what decoding loses goes to `entries`, legacy spellings to `spelled`. With `partial`, groups
     that are absent as a whole are left out; a part of a group is an error always. Without `quantization` a tensor that
-    may be stored as it is on the other side is decoded even where both sides share its codec.
+    may be stored as it is on the other side is decoded even where both sides share its codec. `decoded` are, by name,
+    dtypes to decode to in the place of `dtype`.
     """
 
     def __init__(
@@ -60,20 +60,22 @@ class Take(StateNames):
         quantization: bool = True,
         entries: Entries | None = None,
         spelled: dict[str, str] | None = None,
+        decoded: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         super().__init__(tensors, spelled)
-        self.tensors = tensors
         self.dtype = dtype
         self.partial = partial
         self.quantization = quantization
         self.entries = entries if entries is not None else Complement().entries
+        self.decoded = decoded if decoded is not None else {}
         self._taken: set[str] = set()
         self._members: dict[str, Member] = {}
         self._firsts: list[str] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._mixed = False
+        self._plain_dtype: torch.dtype | None = None
         self._absent = 0
         self._last: str | None = None
-        self._device: torch.device | None = None
 
     # --- single tensors ---
 
@@ -82,15 +84,17 @@ class Take(StateNames):
         name: str,
         stored: Alternatives = AS_IS,
         *,
-        shape: str | None = None,
+        shape: Pattern | None = None,
         optional: bool = False,
         into: Alternatives = NOT_AT_ALL,
         **sizes: int,
     ) -> Tensor | None:
         """The tensor of a name, decoded; None where it may be absent and is.
 
-        `shape` is a pattern such as `V d` that the tensor must fit, under the `sizes` known. `into` says how the other
-        side stores it: in a codec that both sides share it is moved undecoded.
+        `shape` is the one that the tensor must have, or a pattern such as `V d` that it must fit, under the `sizes`
+        known. `into` says how the other
+        side stores it: in a format of blocks that both sides share it is moved undecoded, and a dtype that the map
+        states there is decoded to.
         """
         if not self._gather([([name], shape, stored)], optional, into, sizes):
             return None
@@ -111,7 +115,7 @@ class Take(StateNames):
 
     def sizes(self, *axes: str) -> tuple[int, ...]:
         """Sizes of axes that are not known beforehand, read off the first tensor of each operand of the group."""
-        patterns = [self._members[name].shape or "" for name in self._firsts]
+        patterns = [str(self._members[name].shape) for name in self._firsts]
         shapes = [size for name in self._firsts for size in self._shape(name)]
         known = self._members[self._firsts[0]].sizes
         for name in self._firsts:
@@ -133,17 +137,16 @@ class Take(StateNames):
             return cast(Tensor, Undecoded(member.moved, parts).new_empty(*shape))
         codec = self._alternative(name, member.stored)
         model = self._peek(name if isinstance(codec, Raw) else codec.payload(name))
-        return torch.empty(shape, dtype=model.dtype if isinstance(codec, Raw) else self.dtype, device=model.device)
+        dtype = model.dtype if isinstance(codec, Raw) else self._decoded_dtype(name, codec)
+        return torch.empty(shape, dtype=dtype, device=model.device)
 
     def part(self, name: str) -> Tensor:
         """A tensor of the group at hand, decoded and checked against the shape of its operand."""
         member = self._members[name]
         codec = self._alternative(name, member.stored)
-        self._last = codec.name if member.stored is not AS_IS else None
+        self._last = None if member.stored is AS_IS else RAW.name if self._mixed else codec.name
         if member.moved is not None:
-            if codec is not member.moved:
-                found = f"{name} is stored as {codec.name}, the rest of its group as {member.moved.name}"
-                raise ConversionError("R606", found)
+            assert codec is member.moved  # `_move_undecoded` has looked at all
             parts = {part: self._take(part) for part in codec.names(name)}
             # Without data, decoding is just the check that payload and companions belong together.
             codec.decode(name, {part: stored.to("meta") for part, stored in parts.items()}, self.dtype)
@@ -155,8 +158,9 @@ class Take(StateNames):
                 self.entries[name] = (codec.name, None)
         else:
             parts = {part: self._take(part) for part in codec.names(name)}
-            tensor = codec.decode(name, parts, self.dtype)
-            self.entries[name] = (codec.name, codec.keep(name, parts, self.dtype))
+            dtype = self._decoded_dtype(name, codec)
+            tensor = codec.decode(name, parts, dtype)
+            self.entries[name] = (codec.name, codec.keep(name, parts, dtype))
         if member.shape is not None:
             fitted(name, member.shape, tensor.shape, member.sizes)
         self._shapes[name] = tuple(tensor.shape)
@@ -192,7 +196,7 @@ class Take(StateNames):
         value: float | Tensor,
         stored: Alternatives = AS_IS,
         *,
-        shape: str | None = None,
+        shape: Pattern | None = None,
         optional: bool = False,
         **sizes: int,
     ) -> None:
@@ -200,19 +204,42 @@ class Take(StateNames):
         if not self._gather([([name], shape, stored)], optional, NOT_AT_ALL, sizes):
             return
         tensor = self.part(name)
-        wanted = torch.as_tensor(value, device=tensor.device).to(tensor.dtype)
+        if stored is AS_IS:
+            self.entries[name] = (str(tensor.dtype).removeprefix("torch."), None)
+        if isinstance(value, Tensor):
+            wanted = value.to(tensor.device, tensor.dtype)
+        else:
+            wanted = torch.full((), value, dtype=tensor.dtype, device=tensor.device)
         if wanted.ndim and wanted.shape != tensor.shape:
             raise ConversionError("R606", f"{name}: expected {list(wanted.shape)}, found {list(tensor.shape)}")
         if not tensor.is_meta:
             same_bytes(name, tensor, wanted.expand(tensor.shape), "the value that the map states")
 
-    def tied(self, name: str, other: str, stored: Alternatives = AS_IS, *, optional: bool = False) -> None:
-        """Take a tensor that must equal another of this side, not taken yet, byte for byte as stored."""
-        if name not in self and (optional or self.partial) and not self._elsewhere(name, stored):
-            return
-        if not self._gather([([name, other], None, stored)], optional, NOT_AT_ALL, {}):
+    def tied(
+        self,
+        name: str,
+        other: str,
+        stored: Alternatives = AS_IS,
+        *,
+        shape: Pattern | None = None,
+        optional: bool = False,
+        **sizes: int,
+    ) -> None:
+        """Take a tensor that must equal another of this side, not taken yet, byte for byte as stored.
+
+        In a partial state the other may be absent, and nothing is compared then.
+        """
+        if not self._gather([([name], shape, stored)], optional, NOT_AT_ALL, sizes):
             return
         codec = self._alternative(name, stored)
+        if shape is not None:
+            fitted(name, shape, self._shape(name), sizes)
+        if other not in self and not self._elsewhere(other, stored):
+            if not self.partial:
+                raise ConversionError("R605", f"{other} is missing: {name} is tied to it")
+            for part in [name] if isinstance(codec, Raw) else codec.names(name):
+                self._take(part)
+            return
         if isinstance(codec, Raw):
             pairs = [(name, other)]
         else:
@@ -234,11 +261,6 @@ class Take(StateNames):
         """The alternative that the tensor taken last was stored in; None where it has but one way to be stored."""
         return self._last
 
-    @property
-    def device(self) -> torch.device | None:
-        """The device of the tensors, once one was taken."""
-        return self._device
-
     def finish(self) -> None:
         """Refuse what no rule has taken."""
         left = [*self._left, *(name for name in self._fetched if name not in self._left)]
@@ -251,7 +273,7 @@ class Take(StateNames):
 
     def _gather(
         self,
-        operands: list[tuple[list[str], str | None, Alternatives]],
+        operands: list[tuple[list[str], Pattern | None, Alternatives]],
         optional: bool,
         into: Alternatives,
         sizes: Mapping[str, int],
@@ -261,16 +283,19 @@ class Take(StateNames):
         A group may be absent whole where that is said, and where its tensors have no elements: no expert, no name.
         """
         self._members = {
-            name: Member(names[0], stored, shape, sizes, None) for names, shape, stored in operands for name in names
+            name: Member(names[0], stored, shape, sizes, into) for names, shape, stored in operands for name in names
         }
         self._shapes = {}
         self._firsts = [names[0] for names, _, _ in operands if names]
         members = self._members
         missing = [name for name, of in members.items() if name not in self and not self._elsewhere(name, of.stored)]
         if not missing:
+            self._look_for_plain()
             self._move_undecoded(into)
             return bool(members)
-        if len(missing) < len(members) or not (optional or self.partial or min(sizes.values(), default=1) <= 0):
+        shapes = [shape for _, shape, _ in operands if isinstance(shape, tuple)]
+        is_empty = any(0 in shape for shape in shapes) or min(sizes.values(), default=1) <= 0
+        if len(missing) < len(members) or not (optional or self.partial or is_empty):
             self._refuse_incomplete(missing, len(members))
         self._count_absent()
         return False
@@ -291,14 +316,47 @@ class Take(StateNames):
         whole = f"{len(missing)} of {count} tensors of a group are missing: {shown}"
         raise ConversionError("R605", f"{shown} is missing" if count == 1 else whole)
 
+    def _look_for_plain(self) -> None:
+        """In a group of which some are stored as they are, what is decoded takes their dtype: all are to be joined."""
+        plain = [name for name, member in self._members.items() if not self._is_coded(name, member.stored)]
+        self._mixed = 0 < len(plain) < len(self._members)
+        self._plain_dtype = None
+        if self._mixed:
+            self._alternative(plain[0], self._members[plain[0]].stored)  # it may lack a companion
+            self._plain_dtype = self._peek(plain[0]).dtype
+
     def _move_undecoded(self, into: Alternatives) -> None:
-        """Members whose codec, judged by the first, the other side has too are moved in their stored form."""
-        if not into or not self._firsts or (not self.quantization and RAW in into):
+        """Members of one codec, which the other side has too, are moved in their stored form.
+
+        The other side stores the group as one, so members of several formats are decoded, for it to store as they are.
+        """
+        if all(codec is RAW or isinstance(codec, Cast) for codec in into) or (not self.quantization and RAW in into):
             return
-        first = self._firsts[0]
-        codec = self._alternative(first, self._members[first].stored)
-        if isinstance(codec, Codec) and codec in into:
-            self._members = {name: member._replace(moved=codec) for name, member in self._members.items()}
+        found = {name: self._alternative(name, member.stored) for name, member in self._members.items()}
+        formats = dict.fromkeys(found.values())
+        self._mixed = len(formats) > 1
+        shared = [codec for codec in formats if isinstance(codec, Codec) and codec in into]
+        if self._mixed and shared and RAW not in into:
+            one, other = (next(name for name, codec in found.items() if codec is wanted) for wanted in [*formats][:2])
+            message = (
+                f"{one} is stored as {found[one].name}, {other} of the same group as {found[other].name}; the other "
+                f"side stores them as one, as {' or '.join(codec.name for codec in into)}: "
+                "with `raw` among its formats in the map it could take them decoded"
+            )
+            raise ConversionError("R606", message)
+        if shared and not self._mixed:
+            self._members = {name: member._replace(moved=shared[0]) for name, member in self._members.items()}
+
+    def _decoded_dtype(self, name: str, codec: Codec) -> torch.dtype:
+        """The dtype to decode to: that of what it is joined with, or the one that the other side states or had."""
+        if self._plain_dtype is not None:
+            return self._plain_dtype
+        into = self._members[name].into
+        if RAW not in into or self.quantization:
+            target = next((other for other in into if other.name == codec.name), into[0] if into else None)
+            if isinstance(target, Cast):
+                return target.dtype
+        return self.decoded.get(name, self.dtype)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, once decoded, without taking it."""
@@ -311,46 +369,10 @@ class Take(StateNames):
 
     def _check_dimensions(self, name: str) -> None:
         """Of several operands each has the dimensions that its own pattern says, before they are solved together."""
-        wanted, found = len(parse_pattern(self._members[name].shape or "")), list(self._shape(name))
+        wanted, found = len(parse_pattern(str(self._members[name].shape))), list(self._shape(name))
         if wanted != len(found):
             pattern = self._members[name].shape
             raise ConversionError("R606", f"{name}: expected {wanted} dimensions, [{pattern}], found {found}")
-
-    def _alternative(self, name: str, stored: Alternatives) -> Codec | Raw:
-        """The alternative that a stored tensor is in, by the dtype of its payload and the companions beside it."""
-        if stored is AS_IS:
-            return RAW
-        payloads = {c.payload(name) for c in stored if isinstance(c, Codec)} | ({name} if RAW in stored else set())
-        there = [payload for payload in payloads if payload in self]
-        claimed = None
-        for codec in stored:
-            if isinstance(codec, Codec) and codec.payload(name) in there:
-                dtype = self._peek(codec.payload(name)).dtype
-                if codec.recognises(name, dtype, self.__contains__):
-                    return codec
-                # A float of 16 bits or more stands by itself; a narrow one means nothing without its scales.
-                if codec.claims(name, dtype) and not (RAW in stored and dtype in FLOAT_DTYPES):
-                    claimed = claimed or codec
-        if claimed is not None:
-            lacking = next(part for part in claimed.companions(name).values() if part not in self)
-            raise ConversionError("R605", f"{name} is stored as {claimed.name}, but its companion {lacking} is missing")
-        if RAW in stored and name in self:
-            return RAW
-        names = "|".join(codec.name for codec in stored)
-        dtype_text = f" of {self._peek(there[0]).dtype}" if there else ""
-        raise ConversionError("C504", f"{name}{dtype_text} is stored as none of {names}")
-
-    def _elsewhere(self, name: str, stored: Alternatives) -> bool:
-        """Whether a codec keeps the payload under another name, and that is there."""
-        return any(isinstance(c, Codec) and c.payload(name) != name and c.payload(name) in self for c in stored)
-
-    def _peek(self, name: str) -> Tensor:
-        if name not in self._fetched:
-            self._left.pop(name, None)
-            tensor = self.tensors[self._spelled.get(name, name)]
-            self._fetched[name] = tensor
-            self._device = tensor.device
-        return self._fetched[name]
 
     def _take(self, name: str) -> Tensor:
         if name not in self:

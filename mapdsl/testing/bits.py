@@ -46,6 +46,13 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
 
 
+def finite(scales: Tensor) -> Tensor:
+    """The same scales with one in the place of those that are refused: all but bare exponents must be finite."""
+    if scales.dtype.is_floating_point and scales.dtype != torch.float8_e8m0fnu:
+        return torch.where(scales.float().isfinite(), scales.float(), 1.0).to(scales.dtype)
+    return scales
+
+
 def random_bits(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Random bytes of a dtype, up to a third of the elements replaced by special ones."""
     if dtype == torch.bool:

@@ -17,7 +17,7 @@ from mapdsl.compiler.expand import Expansion, Match, Named
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import error
 from mapdsl.runtime.sizes import SizeError, axis_sizes, shape_of
-from mapdsl.testing.bits import FLOATS, ordinary, random_bits
+from mapdsl.testing.bits import FLOATS, finite, ordinary, random_bits
 from mapdsl.testing.configs import EVEN_SIZES, SIZES, ContradictionError, value_of
 from mapdsl.testing.finishing import make_copies, make_ties, respell
 from mapdsl.testing.formats import Formats, cast_dtype, fits, packs, runtime_codec
@@ -269,25 +269,40 @@ class Drawer:
         if codec is None or codec.kind == "raw":
             return {key: random_bits(self.generator, shape, base)}
         parts = {}
-        for stored in codec.stored(key, shape):
+        for role, stored in zip(codec.templates, codec.stored(key, shape), strict=True):
             dtypes = [TORCH_DTYPES[name] for name in stored.dtypes] or list(FLOATS)
             dtype = dtypes[int(variety * len(dtypes))]
             if stored.shape is None:
                 raise ContradictionError(f"{stored.name} has no known shape")
-            parts[stored.name] = random_bits(self.generator, stored.shape, dtype)
+            parts[stored.name] = self._part(role, codec, shape, stored.shape, dtype)
         return parts
+
+    def _part(
+        self, role: str, codec: AnyCodec, logical: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """Random bits, as far as the part's role leaves it free."""
+        match role:
+            case "shape":
+                return torch.tensor(logical, dtype=dtype)
+            case "order":
+                groups = codec.part_shapes(logical)["scale"][0]
+                return torch.randint(0, max(1, groups), shape, generator=self.generator, dtype=dtype)
+            case "scale" | "global":
+                return finite(random_bits(self.generator, shape, dtype))
+        return random_bits(self.generator, shape, dtype)
 
     def _constant(self, group: Group, side: str) -> None:
         """A one-sided rule's tensor that the map states, or anything where it is not compared."""
         rule, value = group.rule, group.rule.value
         assert value is not None
-        made_in = torch.bfloat16 if side == "left" else self.dtype
         for named in self.expansion.names(group.match, side):
             codecs = self.expansion.codecs(rule.side(side)[named.place])
             if any(codec.kind not in ("raw", "cast") for codec in codecs):
                 raise ContradictionError(f"{named.name} is a constant in a format of blocks")
             tensor = self._stated(value, named, group, side)
-            own = tensor.dtype if isinstance(value.content, tree.Generator) else made_in
+            own = tensor.dtype if isinstance(value.content, tree.Generator) else self.dtype
+            if side == "left":
+                own = self.rng.choice(FLOATS)  # reading notes it
             tensor = tensor.to(cast_dtype(codecs[0]) if codecs and codecs[0].kind == "cast" else own)
             self._count(rule, tuple(tensor.shape))
             if not value.compared:

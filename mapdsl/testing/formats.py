@@ -8,16 +8,14 @@ from random import Random
 import torch
 
 from mapdsl.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from mapdsl.compiler import codecs as compiled
 from mapdsl.compiler.codecs import AnyCodec
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.block_scaled import BlockScaled
-from mapdsl.runtime.codecs.values import Add, Cast, NegExp
+from mapdsl.runtime.codecs.group_int import GroupInt
+from mapdsl.runtime.codecs.packed_int import PackedInt
+from mapdsl.runtime.codecs.values import Add, Cast, NarrowCast, NegExp
 from mapdsl.testing.bits import FLOATS, PLAIN_DTYPES
 from mapdsl.testing.configs import ContradictionError
-
-# What writing decodes the right side's own formats to.
-_WRITE_DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,11 @@ class Formats:
 
     def base_dtype(self, decoded: torch.dtype, rng: Random) -> torch.dtype:
         """The dtype of the match's plain tensors: one for all, since they may be joined on the other side."""
+        coded = self._coded
         if self.side == "left" and any(self.across) and self.undecoded is None:
-            return _WRITE_DTYPE
-        if any(codec is not None and codec.kind != "raw" for codec in self.chosen) or self.must_encode:
+            # Reading notes the dtype of what it encodes, so that any comes back; beside others it is theirs.
+            return self._passes_in(coded[0], decoded) if coded else rng.choice(FLOATS)
+        if coded or self.must_encode:
             return decoded
         codecs = [codec for tensor in (*self.here, *self.across) for codec in tensor]
         free = [dtype for dtype in PLAIN_DTYPES if not any(claims(codec, dtype) for codec in codecs)]
@@ -67,14 +67,37 @@ class Formats:
         """Whether a trip from this side and back promises every byte."""
         if self.undecoded is not None:
             return not self.unpacked
-        to = decoded if self.side == "left" else _WRITE_DTYPE
-        if any(codec is not None and codec.kind == "cast" and not _holds(to, codec) for codec in self.chosen):
+        coded = self._coded
+        if any(codec.kind == "cast" and not _holds(self._passes_in(codec, decoded), codec) for codec in coded):
             return False
         if self.side == "left":
             return all(not c or casts_back(c[0], base) for c in self.across)
-        if any(codec is not None and codec.kind != "raw" for codec in self.chosen) or any(self.here):
-            return False
+        if coded or any(self.here):
+            return len(coded) == len(self.chosen) and all(self._is_cast_back(codec) for codec in coded)
         return all(not c or holds_raw(c) or casts_back(c[0], base) for c in self.across)
+
+    @property
+    def _coded(self) -> list[AnyCodec]:
+        """The formats chosen, without tensors that are stored as they are."""
+        return [codec for codec in self.chosen if codec is not None and codec.kind != "raw"]
+
+    def _target(self, codec: AnyCodec) -> AnyCodec | None:
+        """The format that a tensor of this one gets on the other side, if that is the same for all there."""
+        alike = all(codecs == self.across[0] for codecs in self.across) and all(self.here)
+        theirs = self.across[0] if self.across and alike else []
+        if not theirs or (not self.encodes and holds_raw(theirs)):
+            return None
+        return next((other for other in theirs if other.name == codec.name), theirs[0])
+
+    def _passes_in(self, codec: AnyCodec, asked: torch.dtype) -> torch.dtype:
+        """The dtype that a tensor is decoded to: the one that the other side states, else the one asked."""
+        target = self._target(codec)
+        return cast_dtype(target) if target is not None and target.kind == "cast" else asked
+
+    def _is_cast_back(self, codec: AnyCodec) -> bool:
+        """Whether both sides state a dtype, and the other one's holds this one's values."""
+        target = self._target(codec)
+        return codec.kind == "cast" and target is not None and casts_back(target, cast_dtype(codec))
 
 
 def holds_raw(codecs: list[AnyCodec]) -> bool:
@@ -90,20 +113,19 @@ def written(codecs: list[AnyCodec], quantization: bool) -> AnyCodec | None:
 
 def packs(codecs: list[AnyCodec]) -> list[bool]:
     """Which of some formats put several elements into one stored one."""
-    return [getattr(codec, "per", 1) > 1 for codec in codecs]
+    return [codec.per > 1 for codec in codecs]
 
 
 def fits(codec: AnyCodec, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of this shape can be stored so: packed elements fill whole bytes."""
-    per = getattr(codec, "per", 1)
-    return per == 1 or bool(shape and shape[-1] % per == 0)
+    return codec.unfit(shape) is None
 
 
 def claims(codec: AnyCodec, dtype: torch.dtype) -> bool:
     """Whether a plain tensor of this dtype would be taken for one of the codec's."""
     if codec.kind == "raw":
         return False
-    if getattr(codec, "payload_dtypes", getattr(codec, "dtypes", ())) == ():
+    if not codec.payload_dtypes:
         return dtype in FLOATS
     return codec.claims(DTYPE_NAMES[dtype])
 
@@ -127,22 +149,14 @@ def cast_dtype(codec: AnyCodec) -> torch.dtype:
 
 def runtime_codec(codec: AnyCodec) -> Codec:
     """The runtime's codec of a checked declaration."""
-    match codec:
-        case compiled.BlockScaled():
-            return BlockScaled(
-                codec.name,
-                codec.element,
-                codec.block,
-                codec.scale,
-                codec.scale_dtypes,
-                codec.squeeze,
-                codec.packed,
-                codec.payload,
-            )
-        case compiled.Codec(kind="cast"):
-            return Cast(codec.name, codec.name)
-        case compiled.Codec(kind="add"):
-            return Add(codec.name, codec.amount)
-        case compiled.Codec(kind="neg_exp"):
-            return NegExp(codec.name)
-    raise AssertionError(f"no runtime codec of kind {codec.kind}")
+    kinds: dict[str, type[Codec]] = {
+        "block_scaled": BlockScaled,
+        "packed_int": PackedInt,
+        "group_int": GroupInt,
+        "cast": NarrowCast if codec.name.startswith("f8") else Cast,
+        "add": Add,
+        "neg_exp": NegExp,
+    }
+    made = kinds[codec.kind].__new__(kinds[codec.kind])
+    made.bind(codec)
+    return made

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from mapdsl.checkpoint.against import has_answers
 from mapdsl.checkpoint.dtypes import DTYPE_NAMES
-from mapdsl.compiler.expand import Expansion, Key
+from mapdsl.compiler.expand import Key
 from mapdsl.emit.expressions import attribute
-from mapdsl.language import tree
 from mapdsl.runtime.adapter import Keys
 from mapdsl.testing.bits import bits, same
 from mapdsl.testing.configs import ContradictionError
@@ -39,10 +38,10 @@ def promised_names(example: Example) -> None:
         if getattr(adapter, attribute(name)) != value:
             raise PropertyError(f"param `{name}`: the adapter has {getattr(adapter, attribute(name))!r}, not {value!r}")
     expansion = example.expansion
-    _promised(expansion, adapter.left_keys(quantization=False), expansion.keys("left", quantization=False))
-    _promised(expansion, adapter.right_keys(), expansion.keys("right"))
+    _promised(adapter.left_keys(quantization=False), expansion.keys("left", quantization=False))
+    _promised(adapter.right_keys(), expansion.keys("right"))
     if _can_encode(example):
-        _promised(expansion, adapter.left_keys(), expansion.keys("left"))
+        _promised(adapter.left_keys(), expansion.keys("left"))
 
 
 def placed(example: Example) -> None:
@@ -81,7 +80,7 @@ def encoded_anew(example: Example) -> None:
     if not _can_encode(example):
         return
     state, adapter = example.ordinary_right, example.adapter(answered=True)
-    stored = adapter.write(state.tensors(), quantization=True)
+    stored = adapter.write(state.tensors(), quantization=True, dtype=example.dtype)
     makers = made_names(example.expansion, state, quantization=True)
     _same_names(stored, makers, "writing quantised")
     for key in example.expansion.keys("left"):
@@ -196,15 +195,12 @@ def _shuffled(suite: Suite, order: int) -> type[Any]:
     return suite.shuffled(order)
 
 
-def _promised(expansion: Expansion, found: Keys, expected: list[Key]) -> None:
-    """The adapter's list of names, shapes and dtypes against the map's. A tie has the shape of its twin."""
+def _promised(found: Keys, expected: list[Key]) -> None:
+    """The adapter's list of names, shapes and dtypes against the map's."""
     _same_names(found, (key.name for key in expected), "the adapter's list of names")
     for key in expected:
         form, dtype = found[key.name]
-        value = expansion.map.rules[key.rule].value
-        is_tie = value is not None and isinstance(value.content, tree.Template)
-        is_known = key.shape is not None and None not in key.shape and not (is_tie and form is None)
-        if is_known and form != key.shape:
+        if form != key.shape:
             raise PropertyError(f"the adapter lists {key.name} with shape {form}, the map with {key.shape}")
         if key.dtype is not None and dtype is not None and DTYPE_NAMES[dtype] != key.dtype:
             raise PropertyError(f"the adapter lists {key.name} with dtype {dtype}, the map with {key.dtype}")

@@ -172,7 +172,7 @@ class Example:
     def written(self) -> tuple[dict[str, Tensor], Counted]:
         """The left state of the right one, unquantised where the map allows it."""
         source = Counted(self.right.tensors())
-        return self.adapter(answered=True).write(source, quantization=False), source
+        return self.adapter(answered=True).write(source, quantization=False, dtype=self.dtype), source
 
     @cached_property
     def ordinary_right(self) -> State:

@@ -156,24 +156,21 @@ class DeepseekV4Adapter(Adapter):
     def _to_right(self, take: Take, put: Put) -> None:
         """`hf` -> `native`."""
         # 43: embed.weight <-> model.embed_tokens.weight [V D]
-        put(
-            "model.embed_tokens.weight",
-            take("embed.weight", shape="V D", V=self.V, D=self.D),
-        )
+        put("model.embed_tokens.weight", take("embed.weight", shape=(self.V, self.D)))
         # 44: norm.weight <-> model.norm.weight [D]
-        put("model.norm.weight", take("norm.weight", shape="D", D=self.D))
+        put("model.norm.weight", take("norm.weight", shape=(self.D,)))
         # 45: head.weight <-> lm_head.weight [V D]
-        put("lm_head.weight", take("head.weight", shape="V D", V=self.V, D=self.D))
+        put("lm_head.weight", take("head.weight", shape=(self.V, self.D)))
         # 46: hc_head_fn <-> model.hc_head.hc_fn [R W]
-        put("model.hc_head.hc_fn", take("hc_head_fn", shape="R W", R=self.R, W=self.W))
+        put("model.hc_head.hc_fn", take("hc_head_fn", shape=(self.R, self.W)))
         # 47: hc_head_base <-> model.hc_head.hc_base [R]
-        put("model.hc_head.hc_base", take("hc_head_base", shape="R", R=self.R))
+        put("model.hc_head.hc_base", take("hc_head_base", shape=(self.R,)))
         # 48: hc_head_scale <-> model.hc_head.hc_scale [1]
-        put("model.hc_head.hc_scale", take("hc_head_scale", shape="1"))
+        put("model.hc_head.hc_scale", take("hc_head_scale", shape=(1,)))
         if self.vision > 0:
             # 113: image_{t:start|end|newline|pad} <-> model.image_{t} [D] where vision > 0
             for t in ("start", "end", "newline", "pad"):
-                put(f"model.image_{t}", take(f"image_{t}", shape="D", D=self.D))
+                put(f"model.image_{t}", take(f"image_{t}", shape=(self.D,)))
 
         for i in range(self.L):
             self._layers_to_right(take, put, f"layers.{i}", f"model.layers.{i}")
@@ -181,23 +178,19 @@ class DeepseekV4Adapter(Adapter):
                 # 78: ffn.gate.tid2eid <-> mlp.gate.tid2eid [V T] where i < H
                 put(
                     f"model.layers.{i}.mlp.gate.tid2eid",
-                    take(
-                        f"layers.{i}.ffn.gate.tid2eid", shape="V T", V=self.V, T=self.T
-                    ),
+                    take(f"layers.{i}.ffn.gate.tid2eid", shape=(self.V, self.T)),
                 )
             if i >= self.H or self.vision > 0:
                 # 79: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E] where i >= H or vision > 0
                 put(
                     f"model.layers.{i}.mlp.gate.e_score_correction_bias",
-                    take(f"layers.{i}.ffn.gate.bias", shape="E", E=self.E),
+                    take(f"layers.{i}.ffn.gate.bias", shape=(self.E,)),
                 )
             if i < self.stated and i not in self.sliding:
                 # 93: compressor.norm.weight <-> compressor.kv_norm.weight [C]
                 put(
                     f"model.layers.{i}.self_attn.compressor.kv_norm.weight",
-                    take(
-                        f"layers.{i}.attn.compressor.norm.weight", shape="C", C=self.C
-                    ),
+                    take(f"layers.{i}.attn.compressor.norm.weight", shape=(self.C,)),
                 )
             if i in self.sparse:
                 self._attn_to_right(
@@ -215,9 +208,7 @@ class DeepseekV4Adapter(Adapter):
                         f"model.layers.{i}.self_attn.compressor.{w}.weight",
                         take(
                             f"layers.{i}.attn.compressor.{w}.weight",
-                            shape="C D",
-                            C=self.C,
-                            D=self.D,
+                            shape=(self.C, self.D),
                         ),
                     )
 
@@ -226,46 +217,42 @@ class DeepseekV4Adapter(Adapter):
             # 83: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E]
             put(
                 f"mtp.layers.{k}.mlp.gate.e_score_correction_bias",
-                take(f"mtp.{k}.ffn.gate.bias", shape="E", E=self.E),
+                take(f"mtp.{k}.ffn.gate.bias", shape=(self.E,)),
             )
             # 84: {w:e_proj|h_proj}.weight as fp8|fp8v3|raw <-> {w}.weight [D Din]
             for w in ("e_proj", "h_proj"):
                 put(
                     f"mtp.layers.{k}.{w}.weight",
                     take(
-                        f"mtp.{k}.{w}.weight",
-                        FP8_FP8V3_RAW,
-                        shape="D Din",
-                        D=self.D,
-                        Din=self.Din,
+                        f"mtp.{k}.{w}.weight", FP8_FP8V3_RAW, shape=(self.D, self.Din)
                     ),
                 )
             # 85: {n:enorm|hnorm|norm}.weight <-> {n}.weight [D]
             for n in ("enorm", "hnorm", "norm"):
                 put(
                     f"mtp.layers.{k}.{n}.weight",
-                    take(f"mtp.{k}.{n}.weight", shape="D", D=self.D),
+                    take(f"mtp.{k}.{n}.weight", shape=(self.D,)),
                 )
             # 86: hc_head_fn <-> hc_head.hc_fn [R W]
             put(
                 f"mtp.layers.{k}.hc_head.hc_fn",
-                take(f"mtp.{k}.hc_head_fn", shape="R W", R=self.R, W=self.W),
+                take(f"mtp.{k}.hc_head_fn", shape=(self.R, self.W)),
             )
             # 87: hc_head_base <-> hc_head.hc_base [R]
             put(
                 f"mtp.layers.{k}.hc_head.hc_base",
-                take(f"mtp.{k}.hc_head_base", shape="R", R=self.R),
+                take(f"mtp.{k}.hc_head_base", shape=(self.R,)),
             )
             # 88: hc_head_scale <-> hc_head.hc_scale [1]
             put(
                 f"mtp.layers.{k}.hc_head.hc_scale",
-                take(f"mtp.{k}.hc_head_scale", shape="1"),
+                take(f"mtp.{k}.hc_head_scale", shape=(1,)),
             )
             if self.L + k < self.stated and self.L + k not in self.sliding:
                 # 93: compressor.norm.weight <-> compressor.kv_norm.weight [C]
                 put(
                     f"mtp.layers.{k}.self_attn.compressor.kv_norm.weight",
-                    take(f"mtp.{k}.attn.compressor.norm.weight", shape="C", C=self.C),
+                    take(f"mtp.{k}.attn.compressor.norm.weight", shape=(self.C,)),
                 )
             if self.L + k in self.sparse:
                 self._attn_to_right(
@@ -287,9 +274,7 @@ class DeepseekV4Adapter(Adapter):
                         f"mtp.layers.{k}.self_attn.compressor.{w}.weight",
                         take(
                             f"mtp.{k}.attn.compressor.{w}.weight",
-                            shape="C D",
-                            C=self.C,
-                            D=self.D,
+                            shape=(self.C, self.D),
                         ),
                     )
 
@@ -297,24 +282,19 @@ class DeepseekV4Adapter(Adapter):
             # 114: vision.{..} <-> model.vision.{..} else where vision > 0
             for (rest,) in take.wild("vision.**"):
                 put.carried(f"model.vision.{rest}", take(f"vision.{rest}"))
-
-        if self.vision > 0:
             # 115: aligner.{..} <-> model.aligner.{..} else where vision > 0
             for (rest,) in take.wild("aligner.**"):
                 put.carried(f"model.aligner.{rest}", take(f"aligner.{rest}"))
-
         # 118: mtp.{x}.{..} -> _ else
         for number, rest in take.wild("mtp.#.**"):
             x = int(number)
             if x >= self.M:
                 take.drop(f"mtp.{x}.{rest}")
-
         # 119: layers.{L+x}.{..} -> _ else
         for number, rest in take.wild("layers.#.**"):
             x = int(number) - self.L
             if x >= self.M:
                 take.drop(f"layers.{self.L + x}.{rest}")
-
         # 120: model.layers.{L+x}.{..} -> _ else
         for number, rest in take.wild("model.layers.#.**"):
             x = int(number) - self.L
@@ -326,100 +306,76 @@ class DeepseekV4Adapter(Adapter):
         # 52: attn_norm.weight <-> input_layernorm.weight [D]
         put(
             f"{native}.input_layernorm.weight",
-            take(f"{hf}.attn_norm.weight", shape="D", D=self.D),
+            take(f"{hf}.attn_norm.weight", shape=(self.D,)),
         )
         # 53: ffn_norm.weight <-> post_attention_layernorm.weight [D]
         put(
             f"{native}.post_attention_layernorm.weight",
-            take(f"{hf}.ffn_norm.weight", shape="D", D=self.D),
+            take(f"{hf}.ffn_norm.weight", shape=(self.D,)),
         )
-        # 54: hc_{s:attn|ffn}_fn <-> {s}_hc.fn [X W]
         for s in ("attn", "ffn"):
-            put(
-                f"{native}.{s}_hc.fn",
-                take(f"{hf}.hc_{s}_fn", shape="X W", X=self.X, W=self.W),
-            )
-        # 55: hc_{s:attn|ffn}_base <-> {s}_hc.base [X]
-        for s in ("attn", "ffn"):
-            put(f"{native}.{s}_hc.base", take(f"{hf}.hc_{s}_base", shape="X", X=self.X))
-        # 56: hc_{s:attn|ffn}_scale <-> {s}_hc.scale [3]
-        for s in ("attn", "ffn"):
-            put(f"{native}.{s}_hc.scale", take(f"{hf}.hc_{s}_scale", shape="3"))
+            # 54: hc_{s:attn|ffn}_fn <-> {s}_hc.fn [X W]
+            put(f"{native}.{s}_hc.fn", take(f"{hf}.hc_{s}_fn", shape=(self.X, self.W)))
+            # 55: hc_{s:attn|ffn}_base <-> {s}_hc.base [X]
+            put(f"{native}.{s}_hc.base", take(f"{hf}.hc_{s}_base", shape=(self.X,)))
+            # 56: hc_{s:attn|ffn}_scale <-> {s}_hc.scale [3]
+            put(f"{native}.{s}_hc.scale", take(f"{hf}.hc_{s}_scale", shape=(3,)))
         # 58: attn.attn_sink <-> self_attn.sinks_param.weight [A]
         put(
             f"{native}.self_attn.sinks_param.weight",
-            take(f"{hf}.attn.attn_sink", shape="A", A=self.A),
+            take(f"{hf}.attn.attn_sink", shape=(self.A,)),
         )
         # 59: attn.q_norm.weight <-> self_attn.q_norm.weight [Q]
         put(
             f"{native}.self_attn.q_norm.weight",
-            take(f"{hf}.attn.q_norm.weight", shape="Q", Q=self.Q),
+            take(f"{hf}.attn.q_norm.weight", shape=(self.Q,)),
         )
         # 60: attn.kv_norm.weight <-> self_attn.kv_norm.weight [C]
         put(
             f"{native}.self_attn.kv_norm.weight",
-            take(f"{hf}.attn.kv_norm.weight", shape="C", C=self.C),
+            take(f"{hf}.attn.kv_norm.weight", shape=(self.C,)),
         )
         # 61: attn.wq_a.weight as fp8|fp8v3|raw <-> self_attn.wq_a.weight [Q D]
         put(
             f"{native}.self_attn.wq_a.weight",
-            take(
-                f"{hf}.attn.wq_a.weight", FP8_FP8V3_RAW, shape="Q D", Q=self.Q, D=self.D
-            ),
+            take(f"{hf}.attn.wq_a.weight", FP8_FP8V3_RAW, shape=(self.Q, self.D)),
         )
         # 62: attn.wq_b.weight as fp8|fp8v3|raw <-> self_attn.wq_b.weight [(A C) Q]
         put(
             f"{native}.self_attn.wq_b.weight",
             take(
-                f"{hf}.attn.wq_b.weight",
-                FP8_FP8V3_RAW,
-                shape="(A C) Q",
-                A=self.A,
-                C=self.C,
-                Q=self.Q,
+                f"{hf}.attn.wq_b.weight", FP8_FP8V3_RAW, shape=(self.A * self.C, self.Q)
             ),
         )
         # 63: attn.wkv.weight as fp8|fp8v3|raw <-> self_attn.wkv.weight [C D]
         put(
             f"{native}.self_attn.wkv.weight",
-            take(
-                f"{hf}.attn.wkv.weight", FP8_FP8V3_RAW, shape="C D", C=self.C, D=self.D
-            ),
+            take(f"{hf}.attn.wkv.weight", FP8_FP8V3_RAW, shape=(self.C, self.D)),
         )
         # 64: attn.wo_a.weight as fp8|fp8v3|raw <-> self_attn.wo_a.weight [(G O) P]
         put(
             f"{native}.self_attn.wo_a.weight",
             take(
-                f"{hf}.attn.wo_a.weight",
-                FP8_FP8V3_RAW,
-                shape="(G O) P",
-                G=self.G,
-                O=self.O,
-                P=self.P,
+                f"{hf}.attn.wo_a.weight", FP8_FP8V3_RAW, shape=(self.G * self.O, self.P)
             ),
         )
         # 65: attn.wo_b.weight as fp8|fp8v3|raw <-> self_attn.wo_b.weight [D (G O)]
         put(
             f"{native}.self_attn.wo_b.weight",
             take(
-                f"{hf}.attn.wo_b.weight",
-                FP8_FP8V3_RAW,
-                shape="D (G O)",
-                D=self.D,
-                G=self.G,
-                O=self.O,
+                f"{hf}.attn.wo_b.weight", FP8_FP8V3_RAW, shape=(self.D, self.G * self.O)
             ),
         )
         # 67: ffn.gate.weight <-> mlp.gate.weight [E D]
         put(
             f"{native}.mlp.gate.weight",
-            take(f"{hf}.ffn.gate.weight", shape="E D", E=self.E, D=self.D),
+            take(f"{hf}.ffn.gate.weight", shape=(self.E, self.D)),
         )
         if self.vision > 0:
             # 68: ffn.gate.bias_vl <-> mlp.gate.bias_vl [E] where vision > 0
             put(
                 f"{native}.mlp.gate.bias_vl",
-                take(f"{hf}.ffn.gate.bias_vl", shape="E", E=self.E),
+                take(f"{hf}.ffn.gate.bias_vl", shape=(self.E,)),
             )
         # 69: ffn.shared_experts.{j:w1|w3}.weight as fp8|fp8v3|raw <-> mlp.shared_experts.{j:gate|up}_proj.weight [(S F) D]
         for hf_j, native_j in (("w1", "gate"), ("w3", "up")):
@@ -428,10 +384,7 @@ class DeepseekV4Adapter(Adapter):
                 take(
                     f"{hf}.ffn.shared_experts.{hf_j}.weight",
                     FP8_FP8V3_RAW,
-                    shape="(S F) D",
-                    S=self.S,
-                    F=self.F,
-                    D=self.D,
+                    shape=(self.S * self.F, self.D),
                 ),
             )
         # 70: ffn.shared_experts.w2.weight as fp8|fp8v3|raw <-> mlp.shared_experts.down_proj.weight [D (S F)]
@@ -440,10 +393,7 @@ class DeepseekV4Adapter(Adapter):
             take(
                 f"{hf}.ffn.shared_experts.w2.weight",
                 FP8_FP8V3_RAW,
-                shape="D (S F)",
-                D=self.D,
-                S=self.S,
-                F=self.F,
+                shape=(self.D, self.S * self.F),
             ),
         )
         # 71: ffn.experts.{e}.{j:w1|w3}.weight [F Z] as fp4|fp8|fp8v3|raw <-> mlp.experts.gate_and_up_projs [e Z (j F)]
@@ -496,35 +446,30 @@ class DeepseekV4Adapter(Adapter):
         # 98: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
         put(
             f"{native}.compressor.ape_param.weight",
-            take(f"{hf}.compressor.ape", shape="4 (2 C)", C=self.C),
+            take(f"{hf}.compressor.ape", shape=(4, 2 * self.C)),
         )
         # 99: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
         for w in ("wgate", "wkv"):
             put(
                 f"{native}.compressor.{w}.weight",
-                take(
-                    f"{hf}.compressor.{w}.weight", shape="(2 C) D", C=self.C, D=self.D
-                ),
+                take(f"{hf}.compressor.{w}.weight", shape=(2 * self.C, self.D)),
             )
         # 100: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
         put(
             f"{native}.compressor.indexer.ape_param.weight",
-            take(f"{hf}.indexer.compressor.ape", shape="4 (2 IC)", IC=self.IC),
+            take(f"{hf}.indexer.compressor.ape", shape=(4, 2 * self.IC)),
         )
         # 101: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
         put(
             f"{native}.compressor.indexer.kv_norm.weight",
-            take(f"{hf}.indexer.compressor.norm.weight", shape="IC", IC=self.IC),
+            take(f"{hf}.indexer.compressor.norm.weight", shape=(self.IC,)),
         )
         # 102: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
         for w in ("wgate", "wkv"):
             put(
                 f"{native}.compressor.indexer.{w}.weight",
                 take(
-                    f"{hf}.indexer.compressor.{w}.weight",
-                    shape="(2 IC) D",
-                    IC=self.IC,
-                    D=self.D,
+                    f"{hf}.indexer.compressor.{w}.weight", shape=(2 * self.IC, self.D)
                 ),
             )
         # 103: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
@@ -533,41 +478,33 @@ class DeepseekV4Adapter(Adapter):
             take(
                 f"{hf}.indexer.wq_b.weight",
                 FP8_FP8V3_RAW,
-                shape="(IA IC) Q",
-                IA=self.IA,
-                IC=self.IC,
-                Q=self.Q,
+                shape=(self.IA * self.IC, self.Q),
             ),
         )
         # 104: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
         put(
             f"{native}.compressor.indexer.weights_proj.weight",
-            take(
-                f"{hf}.indexer.weights_proj.weight", shape="IA D", IA=self.IA, D=self.D
-            ),
+            take(f"{hf}.indexer.weights_proj.weight", shape=(self.IA, self.D)),
         )
 
     def _to_left(self, take: Take, put: Put) -> None:
         """`native` -> `hf`."""
         # 43: embed.weight <-> model.embed_tokens.weight [V D]
-        put(
-            "embed.weight",
-            take("model.embed_tokens.weight", shape="V D", V=self.V, D=self.D),
-        )
+        put("embed.weight", take("model.embed_tokens.weight", shape=(self.V, self.D)))
         # 44: norm.weight <-> model.norm.weight [D]
-        put("norm.weight", take("model.norm.weight", shape="D", D=self.D))
+        put("norm.weight", take("model.norm.weight", shape=(self.D,)))
         # 45: head.weight <-> lm_head.weight [V D]
-        put("head.weight", take("lm_head.weight", shape="V D", V=self.V, D=self.D))
+        put("head.weight", take("lm_head.weight", shape=(self.V, self.D)))
         # 46: hc_head_fn <-> model.hc_head.hc_fn [R W]
-        put("hc_head_fn", take("model.hc_head.hc_fn", shape="R W", R=self.R, W=self.W))
+        put("hc_head_fn", take("model.hc_head.hc_fn", shape=(self.R, self.W)))
         # 47: hc_head_base <-> model.hc_head.hc_base [R]
-        put("hc_head_base", take("model.hc_head.hc_base", shape="R", R=self.R))
+        put("hc_head_base", take("model.hc_head.hc_base", shape=(self.R,)))
         # 48: hc_head_scale <-> model.hc_head.hc_scale [1]
-        put("hc_head_scale", take("model.hc_head.hc_scale", shape="1"))
+        put("hc_head_scale", take("model.hc_head.hc_scale", shape=(1,)))
         if self.vision > 0:
             # 113: image_{t:start|end|newline|pad} <-> model.image_{t} [D] where vision > 0
             for t in ("start", "end", "newline", "pad"):
-                put(f"image_{t}", take(f"model.image_{t}", shape="D", D=self.D))
+                put(f"image_{t}", take(f"model.image_{t}", shape=(self.D,)))
 
         for i in range(self.L):
             self._layers_to_left(take, put, f"layers.{i}", f"model.layers.{i}")
@@ -575,12 +512,7 @@ class DeepseekV4Adapter(Adapter):
                 # 78: ffn.gate.tid2eid <-> mlp.gate.tid2eid [V T] where i < H
                 put(
                     f"layers.{i}.ffn.gate.tid2eid",
-                    take(
-                        f"model.layers.{i}.mlp.gate.tid2eid",
-                        shape="V T",
-                        V=self.V,
-                        T=self.T,
-                    ),
+                    take(f"model.layers.{i}.mlp.gate.tid2eid", shape=(self.V, self.T)),
                 )
             if i >= self.H or self.vision > 0:
                 # 79: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E] where i >= H or vision > 0
@@ -588,8 +520,7 @@ class DeepseekV4Adapter(Adapter):
                     f"layers.{i}.ffn.gate.bias",
                     take(
                         f"model.layers.{i}.mlp.gate.e_score_correction_bias",
-                        shape="E",
-                        E=self.E,
+                        shape=(self.E,),
                     ),
                 )
             if i < self.H and self.vision == 0:
@@ -601,8 +532,7 @@ class DeepseekV4Adapter(Adapter):
                     f"layers.{i}.attn.compressor.norm.weight",
                     take(
                         f"model.layers.{i}.self_attn.compressor.kv_norm.weight",
-                        shape="C",
-                        C=self.C,
+                        shape=(self.C,),
                     ),
                 )
             if i in self.sparse:
@@ -625,9 +555,7 @@ class DeepseekV4Adapter(Adapter):
                         f"layers.{i}.attn.compressor.{w}.weight",
                         take(
                             f"model.layers.{i}.self_attn.compressor.{w}.weight",
-                            shape="C D",
-                            C=self.C,
-                            D=self.D,
+                            shape=(self.C, self.D),
                         ),
                     )
 
@@ -637,43 +565,36 @@ class DeepseekV4Adapter(Adapter):
             put(
                 f"mtp.{k}.ffn.gate.bias",
                 take(
-                    f"mtp.layers.{k}.mlp.gate.e_score_correction_bias",
-                    shape="E",
-                    E=self.E,
+                    f"mtp.layers.{k}.mlp.gate.e_score_correction_bias", shape=(self.E,)
                 ),
             )
             # 84: {w:e_proj|h_proj}.weight as fp8|fp8v3|raw <-> {w}.weight [D Din]
             for w in ("e_proj", "h_proj"):
                 put(
                     f"mtp.{k}.{w}.weight",
-                    take(
-                        f"mtp.layers.{k}.{w}.weight",
-                        shape="D Din",
-                        D=self.D,
-                        Din=self.Din,
-                    ),
+                    take(f"mtp.layers.{k}.{w}.weight", shape=(self.D, self.Din)),
                     FP8_FP8V3_RAW,
                 )
             # 85: {n:enorm|hnorm|norm}.weight <-> {n}.weight [D]
             for n in ("enorm", "hnorm", "norm"):
                 put(
                     f"mtp.{k}.{n}.weight",
-                    take(f"mtp.layers.{k}.{n}.weight", shape="D", D=self.D),
+                    take(f"mtp.layers.{k}.{n}.weight", shape=(self.D,)),
                 )
             # 86: hc_head_fn <-> hc_head.hc_fn [R W]
             put(
                 f"mtp.{k}.hc_head_fn",
-                take(f"mtp.layers.{k}.hc_head.hc_fn", shape="R W", R=self.R, W=self.W),
+                take(f"mtp.layers.{k}.hc_head.hc_fn", shape=(self.R, self.W)),
             )
             # 87: hc_head_base <-> hc_head.hc_base [R]
             put(
                 f"mtp.{k}.hc_head_base",
-                take(f"mtp.layers.{k}.hc_head.hc_base", shape="R", R=self.R),
+                take(f"mtp.layers.{k}.hc_head.hc_base", shape=(self.R,)),
             )
             # 88: hc_head_scale <-> hc_head.hc_scale [1]
             put(
                 f"mtp.{k}.hc_head_scale",
-                take(f"mtp.layers.{k}.hc_head.hc_scale", shape="1"),
+                take(f"mtp.layers.{k}.hc_head.hc_scale", shape=(1,)),
             )
             if self.L + k < self.stated and self.L + k not in self.sliding:
                 # 93: compressor.norm.weight <-> compressor.kv_norm.weight [C]
@@ -681,8 +602,7 @@ class DeepseekV4Adapter(Adapter):
                     f"mtp.{k}.attn.compressor.norm.weight",
                     take(
                         f"mtp.layers.{k}.self_attn.compressor.kv_norm.weight",
-                        shape="C",
-                        C=self.C,
+                        shape=(self.C,),
                     ),
                 )
             if self.L + k in self.sparse:
@@ -709,9 +629,7 @@ class DeepseekV4Adapter(Adapter):
                         f"mtp.{k}.attn.compressor.{w}.weight",
                         take(
                             f"mtp.layers.{k}.self_attn.compressor.{w}.weight",
-                            shape="C D",
-                            C=self.C,
-                            D=self.D,
+                            shape=(self.C, self.D),
                         ),
                     )
 
@@ -719,8 +637,6 @@ class DeepseekV4Adapter(Adapter):
             # 114: vision.{..} <-> model.vision.{..} else where vision > 0
             for (rest,) in take.wild("model.vision.**"):
                 put.carried(f"vision.{rest}", take(f"model.vision.{rest}"))
-
-        if self.vision > 0:
             # 115: aligner.{..} <-> model.aligner.{..} else where vision > 0
             for (rest,) in take.wild("model.aligner.**"):
                 put.carried(f"aligner.{rest}", take(f"model.aligner.{rest}"))
@@ -730,98 +646,75 @@ class DeepseekV4Adapter(Adapter):
         # 52: attn_norm.weight <-> input_layernorm.weight [D]
         put(
             f"{hf}.attn_norm.weight",
-            take(f"{native}.input_layernorm.weight", shape="D", D=self.D),
+            take(f"{native}.input_layernorm.weight", shape=(self.D,)),
         )
         # 53: ffn_norm.weight <-> post_attention_layernorm.weight [D]
         put(
             f"{hf}.ffn_norm.weight",
-            take(f"{native}.post_attention_layernorm.weight", shape="D", D=self.D),
+            take(f"{native}.post_attention_layernorm.weight", shape=(self.D,)),
         )
-        # 54: hc_{s:attn|ffn}_fn <-> {s}_hc.fn [X W]
         for s in ("attn", "ffn"):
-            put(
-                f"{hf}.hc_{s}_fn",
-                take(f"{native}.{s}_hc.fn", shape="X W", X=self.X, W=self.W),
-            )
-        # 55: hc_{s:attn|ffn}_base <-> {s}_hc.base [X]
-        for s in ("attn", "ffn"):
-            put(f"{hf}.hc_{s}_base", take(f"{native}.{s}_hc.base", shape="X", X=self.X))
-        # 56: hc_{s:attn|ffn}_scale <-> {s}_hc.scale [3]
-        for s in ("attn", "ffn"):
-            put(f"{hf}.hc_{s}_scale", take(f"{native}.{s}_hc.scale", shape="3"))
+            # 54: hc_{s:attn|ffn}_fn <-> {s}_hc.fn [X W]
+            put(f"{hf}.hc_{s}_fn", take(f"{native}.{s}_hc.fn", shape=(self.X, self.W)))
+            # 55: hc_{s:attn|ffn}_base <-> {s}_hc.base [X]
+            put(f"{hf}.hc_{s}_base", take(f"{native}.{s}_hc.base", shape=(self.X,)))
+            # 56: hc_{s:attn|ffn}_scale <-> {s}_hc.scale [3]
+            put(f"{hf}.hc_{s}_scale", take(f"{native}.{s}_hc.scale", shape=(3,)))
         # 58: attn.attn_sink <-> self_attn.sinks_param.weight [A]
         put(
             f"{hf}.attn.attn_sink",
-            take(f"{native}.self_attn.sinks_param.weight", shape="A", A=self.A),
+            take(f"{native}.self_attn.sinks_param.weight", shape=(self.A,)),
         )
         # 59: attn.q_norm.weight <-> self_attn.q_norm.weight [Q]
         put(
             f"{hf}.attn.q_norm.weight",
-            take(f"{native}.self_attn.q_norm.weight", shape="Q", Q=self.Q),
+            take(f"{native}.self_attn.q_norm.weight", shape=(self.Q,)),
         )
         # 60: attn.kv_norm.weight <-> self_attn.kv_norm.weight [C]
         put(
             f"{hf}.attn.kv_norm.weight",
-            take(f"{native}.self_attn.kv_norm.weight", shape="C", C=self.C),
+            take(f"{native}.self_attn.kv_norm.weight", shape=(self.C,)),
         )
         # 61: attn.wq_a.weight as fp8|fp8v3|raw <-> self_attn.wq_a.weight [Q D]
         put(
             f"{hf}.attn.wq_a.weight",
-            take(f"{native}.self_attn.wq_a.weight", shape="Q D", Q=self.Q, D=self.D),
+            take(f"{native}.self_attn.wq_a.weight", shape=(self.Q, self.D)),
             FP8_FP8V3_RAW,
         )
         # 62: attn.wq_b.weight as fp8|fp8v3|raw <-> self_attn.wq_b.weight [(A C) Q]
         put(
             f"{hf}.attn.wq_b.weight",
-            take(
-                f"{native}.self_attn.wq_b.weight",
-                shape="(A C) Q",
-                A=self.A,
-                C=self.C,
-                Q=self.Q,
-            ),
+            take(f"{native}.self_attn.wq_b.weight", shape=(self.A * self.C, self.Q)),
             FP8_FP8V3_RAW,
         )
         # 63: attn.wkv.weight as fp8|fp8v3|raw <-> self_attn.wkv.weight [C D]
         put(
             f"{hf}.attn.wkv.weight",
-            take(f"{native}.self_attn.wkv.weight", shape="C D", C=self.C, D=self.D),
+            take(f"{native}.self_attn.wkv.weight", shape=(self.C, self.D)),
             FP8_FP8V3_RAW,
         )
         # 64: attn.wo_a.weight as fp8|fp8v3|raw <-> self_attn.wo_a.weight [(G O) P]
         put(
             f"{hf}.attn.wo_a.weight",
-            take(
-                f"{native}.self_attn.wo_a.weight",
-                shape="(G O) P",
-                G=self.G,
-                O=self.O,
-                P=self.P,
-            ),
+            take(f"{native}.self_attn.wo_a.weight", shape=(self.G * self.O, self.P)),
             FP8_FP8V3_RAW,
         )
         # 65: attn.wo_b.weight as fp8|fp8v3|raw <-> self_attn.wo_b.weight [D (G O)]
         put(
             f"{hf}.attn.wo_b.weight",
-            take(
-                f"{native}.self_attn.wo_b.weight",
-                shape="D (G O)",
-                D=self.D,
-                G=self.G,
-                O=self.O,
-            ),
+            take(f"{native}.self_attn.wo_b.weight", shape=(self.D, self.G * self.O)),
             FP8_FP8V3_RAW,
         )
         # 67: ffn.gate.weight <-> mlp.gate.weight [E D]
         put(
             f"{hf}.ffn.gate.weight",
-            take(f"{native}.mlp.gate.weight", shape="E D", E=self.E, D=self.D),
+            take(f"{native}.mlp.gate.weight", shape=(self.E, self.D)),
         )
         if self.vision > 0:
             # 68: ffn.gate.bias_vl <-> mlp.gate.bias_vl [E] where vision > 0
             put(
                 f"{hf}.ffn.gate.bias_vl",
-                take(f"{native}.mlp.gate.bias_vl", shape="E", E=self.E),
+                take(f"{native}.mlp.gate.bias_vl", shape=(self.E,)),
             )
         # 69: ffn.shared_experts.{j:w1|w3}.weight as fp8|fp8v3|raw <-> mlp.shared_experts.{j:gate|up}_proj.weight [(S F) D]
         for hf_j, native_j in (("w1", "gate"), ("w3", "up")):
@@ -829,10 +722,7 @@ class DeepseekV4Adapter(Adapter):
                 f"{hf}.ffn.shared_experts.{hf_j}.weight",
                 take(
                     f"{native}.mlp.shared_experts.{native_j}_proj.weight",
-                    shape="(S F) D",
-                    S=self.S,
-                    F=self.F,
-                    D=self.D,
+                    shape=(self.S * self.F, self.D),
                 ),
                 FP8_FP8V3_RAW,
             )
@@ -841,21 +731,14 @@ class DeepseekV4Adapter(Adapter):
             f"{hf}.ffn.shared_experts.w2.weight",
             take(
                 f"{native}.mlp.shared_experts.down_proj.weight",
-                shape="D (S F)",
-                D=self.D,
-                S=self.S,
-                F=self.F,
+                shape=(self.D, self.S * self.F),
             ),
             FP8_FP8V3_RAW,
         )
         # 71: ffn.experts.{e}.{j:w1|w3}.weight [F Z] as fp4|fp8|fp8v3|raw <-> mlp.experts.gate_and_up_projs [e Z (j F)]
         gate_and_up_projs = take(
             f"{native}.mlp.experts.gate_and_up_projs",
-            shape="e Z (j F)",
-            e=self.E,
-            Z=self.Z,
-            j=2,
-            F=self.F,
+            shape=(self.E, self.Z, 2 * self.F),
         )
         if gate_and_up_projs is not None:
             for e in range(self.E):
@@ -867,11 +750,7 @@ class DeepseekV4Adapter(Adapter):
                     )
         # 72: ffn.experts.{e}.w2.weight [Z F] as fp4|fp8|fp8v3|raw <-> mlp.experts.down_projs [e F Z]
         down_projs = take(
-            f"{native}.mlp.experts.down_projs",
-            shape="e F Z",
-            e=self.E,
-            F=self.F,
-            Z=self.Z,
+            f"{native}.mlp.experts.down_projs", shape=(self.E, self.F, self.Z)
         )
         if down_projs is not None:
             for e in range(self.E):
@@ -908,32 +787,25 @@ class DeepseekV4Adapter(Adapter):
         # 98: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
         put(
             f"{hf}.compressor.ape",
-            take(f"{native}.compressor.ape_param.weight", shape="4 (2 C)", C=self.C),
+            take(f"{native}.compressor.ape_param.weight", shape=(4, 2 * self.C)),
         )
         # 99: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
         for w in ("wgate", "wkv"):
             put(
                 f"{hf}.compressor.{w}.weight",
-                take(
-                    f"{native}.compressor.{w}.weight",
-                    shape="(2 C) D",
-                    C=self.C,
-                    D=self.D,
-                ),
+                take(f"{native}.compressor.{w}.weight", shape=(2 * self.C, self.D)),
             )
         # 100: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
         put(
             f"{hf}.indexer.compressor.ape",
             take(
-                f"{native}.compressor.indexer.ape_param.weight",
-                shape="4 (2 IC)",
-                IC=self.IC,
+                f"{native}.compressor.indexer.ape_param.weight", shape=(4, 2 * self.IC)
             ),
         )
         # 101: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
         put(
             f"{hf}.indexer.compressor.norm.weight",
-            take(f"{native}.compressor.indexer.kv_norm.weight", shape="IC", IC=self.IC),
+            take(f"{native}.compressor.indexer.kv_norm.weight", shape=(self.IC,)),
         )
         # 102: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
         for w in ("wgate", "wkv"):
@@ -941,9 +813,7 @@ class DeepseekV4Adapter(Adapter):
                 f"{hf}.indexer.compressor.{w}.weight",
                 take(
                     f"{native}.compressor.indexer.{w}.weight",
-                    shape="(2 IC) D",
-                    IC=self.IC,
-                    D=self.D,
+                    shape=(2 * self.IC, self.D),
                 ),
             )
         # 103: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
@@ -951,10 +821,7 @@ class DeepseekV4Adapter(Adapter):
             f"{hf}.indexer.wq_b.weight",
             take(
                 f"{native}.compressor.indexer.wq_b.weight",
-                shape="(IA IC) Q",
-                IA=self.IA,
-                IC=self.IC,
-                Q=self.Q,
+                shape=(self.IA * self.IC, self.Q),
             ),
             FP8_FP8V3_RAW,
         )
@@ -963,8 +830,6 @@ class DeepseekV4Adapter(Adapter):
             f"{hf}.indexer.weights_proj.weight",
             take(
                 f"{native}.compressor.indexer.weights_proj.weight",
-                shape="IA D",
-                IA=self.IA,
-                D=self.D,
+                shape=(self.IA, self.D),
             ),
         )

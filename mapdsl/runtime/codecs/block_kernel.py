@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mapdsl.runtime.codecs.elements import Element, MiniFloat, power_table
+from mapdsl.runtime.codecs.elements import Element, TableElement, power_table
 from mapdsl.runtime.codecs.formats import as_bits, bits_differ, exact_cast, integer_dtype
-from mapdsl.runtime.codecs.scales import is_power_scale, scale_values
+from mapdsl.runtime.codecs.strided import copy_strided
 from mapdsl.runtime.codecs.tiles import BlockGrid, Tile
 
 # A table of 256 products pays for itself in blocks of this many bytes; in smaller ones multiplying is cheaper.
@@ -18,23 +18,29 @@ class BlockKernel:
     """The blocks of one tensor under given scales, decoded to `dtype`.
 
     `codes` are the stored elements, `[matrices, rows, columns]` of the grid; `values` are logical, `per` times as wide.
+    `factors` are what to multiply codes with, float32 of the grid; `powers`, where all scales are e8m0, their bytes.
     Scratch and tables are reused from tile to tile.
     """
 
-    def __init__(self, element: Element, grid: BlockGrid, scale: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, element: Element, grid: BlockGrid, factors: Tensor, dtype: torch.dtype, powers: Tensor | None = None
+    ) -> None:
         self.element, self.grid, self.dtype = element, grid, dtype
-        scale = scale.reshape(grid.blocks)
-        self.factors = scale_values(scale)
-        self._scratch = torch.empty(grid.largest_tile, dtype=torch.int32, device=scale.device)
-        self._powers = scale.view(torch.uint8).int() * 256 if is_power_scale(scale) else None
+        self.factors = factors.reshape(grid.blocks)
+        self._scratch = torch.empty(grid.largest_tile, dtype=torch.int32, device=factors.device)
+        self._powers = None if powers is None else powers.reshape(grid.blocks).int() * 256
         self._band: tuple[int, ...] = ()
         self._band_table = self._band_rows = self._scratch
 
     def decode(self, codes: Tensor, values: Tensor) -> None:
-        """Write the logical values, a contiguous tensor of `dtype`."""
-        out = values.view(integer_dtype(self.dtype.itemsize * self.element.per))
+        """Write the logical values, a tensor `[matrices, rows, columns * per]` of `dtype` that may be any view."""
+        out = _as_integers(values, self.element.per)
         for tile in self.grid.tiles():
-            self._read(tile, tile.cut(codes), tile.cut(out))
+            if out is not None:
+                self._read(tile, tile.cut(codes), tile.cut(out))
+            else:
+                found = self._read(tile, tile.cut(codes)).view(self.dtype)
+                copy_strided(tile.flat(values, self.element.per), found.reshape(tile.bands * tile.height, -1))
 
     def encode(self, values: Tensor, codes: Tensor, only: Tensor | None = None) -> None:
         """Write the codes nearest to the values under these scales, of the blocks that `only` (of the grid) picks."""
@@ -101,7 +107,7 @@ class BlockKernel:
     def _table(self, tile: Tile) -> tuple[Tensor | None, Tensor]:
         """The table of products for a tile's blocks, and where each block's 256 entries begin; none if it is dear."""
         element = self.element
-        if not isinstance(element, MiniFloat):
+        if not isinstance(element, TableElement):
             return None, self._scratch
         if self._powers is not None:
             return power_table(element, self.dtype, self._powers.device), tile.blocks(self._powers)
@@ -160,6 +166,15 @@ def first_unholdable(element: Element, grid: BlockGrid, values: Tensor, only: Te
             picks = pairs[pairs.any(-1)].to(torch.uint8).argmax(-1)
             found.append(int((stored * element.per + picks).min()))
     return min(found, default=None)
+
+
+def _as_integers(values: Tensor, per: int) -> Tensor | None:
+    """The same memory with `per` values as one integer, or None where they do not lie together."""
+    if values.shape[-1] > 1 and values.stride(-1) != 1:
+        return None
+    if per > 1 and any(place % per for place in (values.storage_offset(), *values.stride()[:-1])):
+        return None
+    return values.view(integer_dtype(values.element_size() * per))
 
 
 def _grouped(mask: Tensor, per: int) -> Tensor:

@@ -23,6 +23,8 @@ class Element(ABC):
     name: str
     per: int = 1
     table_size: int = 0  # codes that a table can list; 0: too many, decode by multiplication
+    largest: float = math.inf  # magnitude of a finite code
+    top_exponent: int = 0  # of the largest power of two
 
     @abstractmethod
     def accepts(self, dtype: torch.dtype) -> bool:
@@ -49,58 +51,96 @@ class Element(ABC):
         """Whether it is certain, without trying, that these codes survive decoding to `dtype` and encoding again."""
 
 
-class MiniFloat(Element):
-    """A float of eight bits or fewer, `per` in a byte, low bits first; `values` are those of its positive codes."""
+class TableElement(Element):
+    """An element of eight bits or fewer, `per` in a byte, low bits first; `values` are those of its codes, in order."""
 
-    def __init__(self, name: str, dtype: torch.dtype, values: list[float], per: int = 1) -> None:
+    def __init__(self, name: str, dtype: torch.dtype, values: list[float], per: int) -> None:
         self.name, self.dtype, self.per, self.table_size = name, dtype, per, 256
-        finite = [value for value in values if math.isfinite(value)]
-        self.largest, self.smallest = max(finite), min(value for value in finite if value > 0)
-        self.holds_inf = math.inf in values
-        self.holds_nan = any(math.isnan(value) for value in values)
+        magnitudes = [abs(value) for value in values if math.isfinite(value)]
+        self.largest, self.smallest = max(magnitudes), min(value for value in magnitudes if value > 0)
         # Tables are made once, on the CPU: whoever asks first may be under `torch.device("meta")`.
-        halves = torch.tensor(values, dtype=torch.float32, device="cpu")
-        by_code = torch.cat([halves, torch.copysign(halves, -torch.ones_like(halves))])
+        by_code = torch.tensor(values, dtype=torch.float32, device="cpu")
         codes = torch.arange(256, device="cpu")
-        nibbles = [codes] if per == 1 else [codes & 15, codes >> 4]
-        self._by_byte = torch.stack([by_code[nibble] for nibble in nibbles], dim=-1)
-        self._rounding = _rounding_table(values)
-        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        bits = 8 // per
+        self._by_byte = torch.stack([by_code[codes >> bits * place & (1 << bits) - 1] for place in range(per)], dim=-1)
+        self._copies: dict[torch.device, Tensor] = {}
 
     def accepts(self, dtype: torch.dtype) -> bool:
         """The declared one only: bytes of another dtype mean something else."""
         return dtype == self.dtype
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """On a device, the values of each byte, float32 `[256, per]`, and the code of each odd-rounded float."""
+    def _values(self, device: torch.device) -> Tensor:
+        """On a device, the values of each byte, float32 `[256, per]`."""
         if device not in self._copies:
-            self._copies[device] = self._by_byte.to(device), self._rounding.to(device)
+            self._copies[device] = self._by_byte.to(device)
         return self._copies[device]
 
     def table(self, factors: Tensor, dtype: torch.dtype) -> Tensor:
         """For `[n]` scales the bits of all decoded bytes, `[n * 256]`: one integer for the `per` values of a byte."""
-        values = round_product(self._on(factors.device)[0], factors[:, None, None], dtype)
+        values = round_product(self._values(factors.device), factors[:, None, None], dtype)
         return values.view(integer_dtype(dtype.itemsize * self.per)).view(-1)
 
     def read(self, codes: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
         """Products in float32 of value and scale, rounded once to `dtype`."""
         # As one integer a byte: rows of a table are gathered far more slowly than its elements.
-        table = self._on(codes.device)[0].view(integer_dtype(4 * self.per)).view(-1)
+        table = self._values(codes.device).view(integer_dtype(4 * self.per)).view(-1)
         picked = table.index_select(0, codes.view(torch.uint8).flatten().int()).view(torch.float32)
         return round_product(picked.view(*codes.shape, self.per), factors[..., None], dtype).flatten(-2)
+
+    def packed(self, codes: Tensor, stored: torch.dtype) -> Tensor:
+        """Codes, one in each uint8 of the last dimension, put `per` into a byte."""
+        if self.per == 2:
+            codes = codes[..., 0::2] | codes[..., 1::2] << 4
+        return codes.view(stored)
+
+    def reproduces(self, codes: Tensor, factors: Tensor, dtype: torch.dtype) -> bool:
+        """Scales in a range, and no code but those that are written.
+
+        The range: products normal in float32, finite in `dtype`, and two of its denormal steps or more. Then a decoded
+        value is off by 2**-8 of itself at most (bf16 rounds twice: 2**-9 and 2**-24) and a quarter of the distance to
+        the next code, which is 2**-4 of it or more: dividing and rounding finds the code. Of integers up to 128 it is
+        off by 2**-2 at most. Zeros keep their sign.
+        """
+        sizes = factors.abs()
+        limits, single = torch.finfo(dtype), torch.finfo(torch.float32)
+        low = max(2 * limits.tiny * limits.eps, single.tiny) / self.smallest
+        safe = (sizes >= low) & (sizes <= min(limits.max, single.max) / self.largest)
+        return bool(safe.all()) and not self.holds_unwritten(codes)
+
+    def holds_unwritten(self, codes: Tensor) -> bool:
+        """Whether there are codes that encoding would never write."""
+        return False
+
+
+class MiniFloat(TableElement):
+    """A float of eight bits or fewer; `values` are those of its positive codes, the negative ones follow."""
+
+    def __init__(self, name: str, dtype: torch.dtype, values: list[float], per: int = 1) -> None:
+        super().__init__(name, dtype, values + [math.copysign(value, -1.0) for value in values], per)
+        self.holds_inf = math.inf in values
+        self.holds_nan = any(math.isnan(value) for value in values)
+        self.top_exponent = math.frexp(self.largest)[1] - 1
+        second, first = sorted(value for value in values if math.isfinite(value))[-2:]
+        # The smallest magnitude that rounds to more than the largest code; where infinity follows, a tie does.
+        self.overflow = first + (first - second) / 2
+        self._rounding = _rounding_table(values)
+        self._rounding_copies: dict[torch.device, Tensor] = {}
+
+    def _codes(self, device: torch.device) -> Tensor:
+        """On a device, the code of each odd-rounded float, uint8 `[65536]`."""
+        if device not in self._rounding_copies:
+            self._rounding_copies[device] = self._rounding.to(device)
+        return self._rounding_copies[device]
 
     def write(self, values: Tensor, factors: Tensor, stored: torch.dtype) -> Tensor:
         """Round to nearest, ties to the even code, saturating; NaN keeps its sign, infinity is kept if there is one."""
         quotient = values.float() / factors
-        table = self._on(values.device)[1]
-        codes = table.index_select(0, _odd_sixteen(quotient).view(-1)).view(values.shape)
+        codes = self._codes(values.device).index_select(0, _odd_sixteen(quotient).view(-1)).view(values.shape)
         if self.holds_nan and (codes & 0x7F).max() == 0x7F:
             # Division may lose the sign of a NaN.
             nan = (codes & 0x7F) == 0x7F
             codes[nan] = values[nan].signbit().to(torch.uint8) * 128 + 0x7F
-        if self.per == 2:
-            codes = codes[..., 0::2] | codes[..., 1::2] << 4
-        return codes.view(stored)
+        return self.packed(codes, stored)
 
     def fresh_ratio(self, largest: Tensor) -> Tensor:
         """The largest magnitude becomes the largest code: amax / 448, / 57344, / 6."""
@@ -111,23 +151,48 @@ class MiniFloat(Element):
         mask = torch.zeros_like(values, dtype=torch.bool) if self.holds_inf else values.isinf()
         return mask if self.holds_nan else mask | values.isnan()
 
-    def reproduces(self, codes: Tensor, factors: Tensor, dtype: torch.dtype) -> bool:
-        """Scales in a range, and no NaN code but the one that is written.
-
-        The range: products normal in float32, finite in `dtype`, and two of its denormal steps or more. Then a decoded
-        value is off by 2**-8 of itself at most (bf16 rounds twice: 2**-9 and 2**-24) and a quarter of the distance to
-        the next code, which is 2**-4 of it or more: dividing and rounding finds the code. Zeros keep their sign.
-        """
-        sizes = factors.abs()
-        limits, single = torch.finfo(dtype), torch.finfo(torch.float32)
-        low = max(2 * limits.tiny * limits.eps, single.tiny) / self.smallest
-        safe = (sizes >= low) & (sizes <= min(limits.max, single.max) / self.largest)
-        if not safe.all():
-            return False
+    def holds_unwritten(self, codes: Tensor) -> bool:
+        """Of e5m2's three NaNs of each sign one is written."""
         if not (self.holds_inf and self.holds_nan):
-            return True
+            return False
         magnitudes = codes.view(torch.uint8) & 0x7F
-        return bool(magnitudes.max() <= 0x7C) or not ((magnitudes > 0x7C) & (magnitudes < 0x7F)).any()
+        return bool(magnitudes.max() > 0x7C) and bool(((magnitudes > 0x7C) & (magnitudes < 0x7F)).any())
+
+
+class Integer(TableElement):
+    """A signed integer of up to eight bits: two's complement in an int8 of its own, or packed, with an offset."""
+
+    def __init__(self, name: str, dtype: torch.dtype, bits: int, per: int, offset: bool) -> None:
+        self.low, self.high = -(1 << bits - 1), (1 << bits - 1) - 1
+        self.offset = -self.low if offset else 0
+        width = 8 // per
+        codes = range(1 << width)
+        signed = [float(code - (1 << width) * (code >> width - 1)) for code in codes]
+        super().__init__(name, dtype, [float(code + self.low) for code in codes] if offset else signed, per)
+        self.top_exponent = bits - 2
+
+    def write(self, values: Tensor, factors: Tensor, stored: torch.dtype) -> Tensor:
+        """Round to nearest, ties to even, saturating."""
+        return self.packed(self.rounded(values.float() / factors), stored)
+
+    def rounded(self, quotient: Tensor) -> Tensor:
+        """The codes, uint8, nearest to quotients; of a block whose scale is zero, zero."""
+        integers = quotient.nan_to_num(0.0).round().clamp(self.low, self.high) + self.offset
+        return integers.to(torch.int8 if not self.offset else torch.uint8).view(torch.uint8)
+
+    def fresh_ratio(self, largest: Tensor) -> Tensor:
+        """The largest magnitude becomes half the range of codes, amax / 7.5 and amax / 127.5, as compressed-tensors."""
+        return largest / ((self.high - self.low) / 2)
+
+    def holds_unwritten(self, codes: Tensor) -> bool:
+        """Integers beyond the range of narrow ones that have a byte each."""
+        if self.offset or self.per > 1 or self.high == 127:
+            return False
+        return bool(codes.min() < self.low) or bool(codes.max() > self.high)
+
+    def cannot_hold(self, values: Tensor) -> Tensor:
+        """What is not finite."""
+        return ~values.isfinite()
 
 
 class PlainElement(Element):
@@ -206,7 +271,7 @@ def _rounding_table(values: list[float]) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def power_table(element: MiniFloat, dtype: torch.dtype, device: torch.device) -> Tensor:
+def power_table(element: TableElement, dtype: torch.dtype, device: torch.device) -> Tensor:
     """All 256 e8m0 scales by all 256 bytes: the entry of a byte under a scale is at `scale * 256 + byte`."""
     scales = torch.arange(256, dtype=torch.int32, device=device).to(torch.uint8)
     return element.table(scale_values(scales), dtype)
@@ -214,17 +279,22 @@ def power_table(element: MiniFloat, dtype: torch.dtype, device: torch.device) ->
 
 @functools.cache
 def element_named(name: str, packed: str) -> Element:
-    """The element of a codec's declaration: `f8e4m3`, `f8e5m2`, `f4e2m1` (two to a byte, of dtype `packed`), `same`.
+    """The element of a codec's declaration: `f8e4m3`, `f8e5m2`, `f4e2m1` and `i4` (packed in `packed`), `i8`, `same`.
 
     FP8: OCP 8-bit floating point specification v1.0 (e4m3 has one NaN a sign and no infinity). FP4: OCP MX v1.0.
+    Integers in 32-bit words are read as the bytes of the words, low ones first.
     """
+    container = {"i8": torch.int8, "u8": torch.uint8, "i32": torch.uint8}[packed]
     if name == "f8e4m3":
         return MiniFloat(name, torch.float8_e4m3fn, _minifloat_values(4, 3, {0x7F: math.nan}))
     if name == "f8e5m2":
         specials = {0x7C: math.inf, 0x7D: math.nan, 0x7E: math.nan, 0x7F: math.nan}
         return MiniFloat(name, torch.float8_e5m2, _minifloat_values(5, 2, specials))
     if name == "f4e2m1":
-        return MiniFloat(name, {"i8": torch.int8, "u8": torch.uint8}[packed], _minifloat_values(2, 1, {}), per=2)
+        return MiniFloat(name, container, _minifloat_values(2, 1, {}), per=2)
+    if name in ("i4", "i8"):
+        bits = int(name[1:])
+        return Integer(name, container, bits, 8 // bits, offset=packed != "i8")
     if name == "same":
         return PlainElement()
     raise ValueError(f"no block-scaled element is called {name!r}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mapdsl.runtime.codecs.storage import DTYPES
+
 DTYPE_BY_NAME: dict[str, torch.dtype] = {
     "f32": torch.float32,
     "bf16": torch.bfloat16,
@@ -14,7 +16,12 @@ DTYPE_BY_NAME: dict[str, torch.dtype] = {
     "f8e8m0": torch.float8_e8m0fnu,
     "i8": torch.int8,
     "u8": torch.uint8,
+    "i32": torch.int32,
+    "i64": torch.int64,
 }
+
+# By safetensors' spelling, as in headers.
+DTYPE_BY_SPELLING = {DTYPES[word]: dtype for word, dtype in DTYPE_BY_NAME.items()}
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,6 +66,13 @@ def holds_nan(tensor: Tensor) -> bool:
     width, mantissa = tensor.element_size() * 8, _MANTISSA_BITS[tensor.dtype]
     infinity = ((1 << (width - 1 - mantissa)) - 1) << mantissa
     return bool((as_bits(tensor) & ((1 << (width - 1)) - 1)).max() > infinity)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is infinite or NaN. A bare exponent (e8m0) may be NaN: that is one of its codes."""
+    if tensor.is_meta or not tensor.dtype.is_floating_point or tensor.dtype == torch.float8_e8m0fnu:
+        return True
+    return bool(tensor.float().isfinite().all())
 
 
 def exact_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

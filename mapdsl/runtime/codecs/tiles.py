@@ -25,9 +25,13 @@ class Tile(NamedTuple):
 
     def cut(self, tensor: Tensor, per: int = 1) -> Tensor:
         """The tile of a `[matrices, rows, columns * per]` tensor, as a view `[bands, height, groups, width * per]`."""
+        return self.flat(tensor, per).view(self.bands, self.height, self.groups, self.width * per)
+
+    def flat(self, tensor: Tensor, per: int = 1) -> Tensor:
+        """The tile of a `[matrices, rows, columns * per]` tensor, as a view `[rows, groups * width * per]`."""
         rows = slice(self.row, self.row + self.bands * self.height)
         columns = slice(self.column * per, (self.column + self.groups * self.width) * per)
-        return tensor[self.matrix, rows, columns].view(self.bands, self.height, self.groups, self.width * per)
+        return tensor[self.matrix, rows, columns]
 
     def blocks(self, grid: Tensor) -> Tensor:
         """The tile's blocks of a `[matrices, grid rows, grid columns]` tensor, as a view `[bands, 1, groups, 1]`."""
@@ -40,49 +44,51 @@ class BlockGrid:
     """Blocks over the last two dimensions of a shape; a block size of None is the whole dimension.
 
     A vector is one row. Blocks at the edges may be partial. The other dimensions are batch: where their matrices hold
-    whole blocks only, all of them are walked as one tall matrix.
+    whole blocks only, all of them are walked as one tall matrix. Of a slice of a tensor, `offset` says where in a block
+    its first row and column lie.
     """
 
-    def __init__(self, shape: tuple[int, ...], block: tuple[int | None, int | None]) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], block: tuple[int | None, int | None], offset: tuple[int, int] = (0, 0)
+    ) -> None:
         *batch, rows, columns = (1, 1, *shape)
         self.matrices = 1
         for size in batch:
             self.matrices *= size
-        self.height = min(block[0] or rows, rows) or 1
-        self.width = min(block[1] or columns, columns) or 1
-        if rows % self.height == 0:
+        self.down, self.right = offset
+        self.height = (block[0] if self.down else min(block[0] or rows, rows)) or 1
+        self.width = (block[1] if self.right else min(block[1] or columns, columns)) or 1
+        if rows % self.height == 0 and not self.down:
             self.matrices, rows = 1, self.matrices * rows
         self.rows, self.columns = rows, columns
         self.elements = (self.matrices, rows, columns)
-        self.blocks = (self.matrices, -(-rows // self.height), -(-columns // self.width))
+        self.blocks = (
+            self.matrices,
+            -(-(self.down + rows) // self.height),
+            -(-(self.right + columns) // self.width),
+        )
         self.largest_tile = max(STRIP_ELEMENTS, columns)
 
     def tiles(self) -> Iterator[Tile]:
         """All elements, each in one tile; tiles of the same rows of blocks follow each other."""
-        full, rest = divmod(self.columns, self.width)
-        spans = [(0, full, self.width, 0), (full * self.width, 1, rest, full)]
-        spans = [span for span in spans if span[1] and span[2]]
+        spans = list(_runs(self.columns, self.width, self.right))
         for matrix in range(self.matrices):
             for band in self._bands():
-                for span in spans:
-                    yield Tile(matrix, *band, *span)
+                for column, groups, width, grid_column in spans:
+                    yield Tile(matrix, *band, column, groups, width, grid_column)
 
     def _bands(self) -> Iterator[tuple[int, int, int, int]]:
         """Row, bands, height and grid row of each strip: several rows of blocks, or a slice of one where it is tall."""
         most = max(1, STRIP_ELEMENTS // max(1, self.columns))
-        full = self.rows // self.height
-        step = max(1, most // self.height)
-        if self.height <= most:
-            for block in range(0, full, step):
-                yield block * self.height, min(step, full - block), self.height, block
-        else:
-            for block in range(full):
-                yield from self._slices(block, self.height, most)
-        yield from self._slices(full, self.rows - full * self.height, most)
-
-    def _slices(self, block: int, height: int, most: int) -> Iterator[tuple[int, int, int, int]]:
-        for row in range(0, height, most):
-            yield block * self.height + row, 1, min(most, height - row), block
+        for first, bands, height, grid_row in _runs(self.rows, self.height, self.down):
+            if height > most:
+                for band in range(bands):
+                    for row in range(0, height, most):
+                        yield first + band * height + row, 1, min(most, height - row), grid_row + band
+            else:
+                step = max(1, most // height)
+                for band in range(0, bands, step):
+                    yield first + band * height, min(step, bands - band), height, grid_row + band
 
     def positions(self, tile: Tile, mask: Tensor) -> Tensor:
         """Flat positions in the tensor, int64, of what a tile's mask `[bands, height, groups, width]` picks."""
@@ -94,6 +100,23 @@ class BlockGrid:
     def block_of(self, positions: Tensor) -> Tensor:
         """Flat index, int64, of the block that holds each flat position."""
         row, column = positions // self.columns, positions % self.columns
-        matrix, row = row // self.rows, row % self.rows
+        matrix, row = row // self.rows, row % self.rows + self.down
         _, grid_rows, grid_columns = self.blocks
-        return (matrix * grid_rows + row // self.height) * grid_columns + column // self.width
+        return (matrix * grid_rows + row // self.height) * grid_columns + (column + self.right) // self.width
+
+
+def _runs(size: int, block: int, offset: int) -> Iterator[tuple[int, int, int, int]]:
+    """Runs of equal blocks along a dimension: first element, number of blocks, their size, the first one's place.
+
+    At most three: the rest of a block that began before, whole blocks, and the beginning of one that is cut off.
+    """
+    head = min(block - offset, size) if offset else 0
+    whole, tail = divmod(size - head, block)
+    place = 1 if offset else 0
+    for first, count, length, at in (
+        (0, 1, head, 0),
+        (head, whole, block, place),
+        (head + whole * block, 1, tail, place + whole),
+    ):
+        if count and length:
+            yield first, count, length, at

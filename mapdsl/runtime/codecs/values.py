@@ -3,18 +3,53 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from mapdsl.runtime.codecs.base import Codec, Encoded, StoredForm, unflatten_index
-from mapdsl.runtime.codecs.formats import DTYPE_BY_NAME, FLOAT_DTYPES, as_bits, dtype_name, exact_cast
+from mapdsl.runtime.codecs.base import Codec, Encoded, Slice, unflatten_index
+from mapdsl.runtime.codecs.elements import MiniFloat, element_named
+from mapdsl.runtime.codecs.formats import DTYPE_BY_SPELLING, FLOAT_DTYPES, as_bits, dtype_name, exact_cast
 from mapdsl.runtime.codecs.kept import Kept, choose_kept
+from mapdsl.runtime.codecs.storage import DTYPES, Storage
+from mapdsl.runtime.codecs.strided import copy_strided
+from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS
 from mapdsl.runtime.errors import ConversionError
 
 
-class Cast(Codec):
+class OneToOne(Codec):
+    """A codec of one tensor without companions, whose every element is changed by itself."""
+
+    @abstractmethod
+    def change(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """The logical values of stored ones."""
+
+    def decode(
+        self,
+        key: str,
+        parts: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        out: Tensor | None = None,
+        of: Slice | None = None,
+    ) -> Tensor:
+        """Element by element, in strips of rows."""
+        self.check_working(key, dtype if out is None else out.dtype)
+        stored = self.checked_parts(key, parts, of)["payload"]
+        values = self.output(key, tuple(stored.shape), dtype, stored.device, out)
+        if not values.is_meta:
+            for rows in _strips(stored):
+                copy_strided(values[rows], self.change(stored[rows], values.dtype))
+        return values
+
+    def stored_part(self, key: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The one part, checked."""
+        self.check_working(key, dtype)
+        return self.checked_parts(key, parts)["payload"]
+
+
+class Cast(OneToOne):
     """`f32`, `bf16`, `f16`: the tensor has that dtype where it is stored, and the asked one when it is decoded.
 
     Casts round to nearest even and keep NaNs bit by bit, so that bf16 -> f32 -> bf16 is `bit`; a narrowing cast is
@@ -22,30 +57,22 @@ class Cast(Codec):
     """
 
     def __init__(self, name: str, dtype: str) -> None:
-        super().__init__(name)
-        self.dtype = DTYPE_BY_NAME[dtype]
+        self.bind(Storage(name, "cast", (DTYPES[dtype],)))
+
+    def bind(self, storage: Storage) -> None:
+        """See `Codec.bind`."""
+        super().bind(storage)
+        self.dtype = DTYPE_BY_SPELLING[storage.dtypes[0]]
         if self.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"codec {name}: a cast is to f32, bf16 or f16")
+            raise ValueError(f"codec {storage.name}: a cast is to f32, bf16 or f16")
 
-    def claims(self, key: str, dtype: torch.dtype) -> bool:
-        """By dtype."""
-        return dtype == self.dtype
-
-    def stored(self, key: str, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> dict[str, StoredForm]:
-        """The same shape, in the codec's dtype."""
-        return {self.payload(key): (self.dtype, tuple(shape))}
-
-    def logical_shape(self, payload_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The same."""
-        return tuple(payload_shape)
-
-    def decode(self, key: str, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def change(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """Round to `dtype`."""
-        return exact_cast(self._checked(key, parts, dtype), dtype).clone()
+        return exact_cast(stored, dtype)
 
     def keep(self, key: str, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Kept:
         """Nothing but the dtype and shape."""
-        stored = self._checked(key, parts, dtype)
+        stored = self.stored_part(key, parts, dtype)
         no_positions = torch.empty(0, dtype=torch.int64, device=stored.device)
         return Kept(self.name, dtype, tuple(stored.shape), stored.new_empty(0), no_positions)
 
@@ -60,20 +87,105 @@ class Cast(Codec):
             refuse_where(self, key, tensor, stored.isinf() & ~tensor.isinf(), f"overflows {dtype_name(self.dtype)}")
         return Encoded({self.payload(key): stored.clone()})
 
-    def _checked(self, key: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        self.check_working(key, dtype)
-        stored = self.part(key, parts, self.payload(key))
-        if stored.dtype != self.dtype:
-            found, expected = dtype_name(stored.dtype), dtype_name(self.dtype)
-            raise ConversionError("C504", f"{self.payload(key)} is {found}, the map says {expected}")
-        return stored
+
+class Reversible(OneToOne):
+    """A codec whose complement holds the stored elements that changing them and back does not give."""
+
+    @abstractmethod
+    def undo(self, logical: Tensor, dtype: torch.dtype) -> Tensor:
+        """The stored values of logical ones, where the stored tensor had (or, written anew, is to have) a dtype."""
+
+    @abstractmethod
+    def refuse(self, key: str, logical: Tensor) -> None:
+        """D403 where there is a value that cannot be stored."""
+
+    def keep(self, key: str, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Kept:
+        """The stored elements that do not come back, or all of them if that is less."""
+        stored = self.stored_part(key, parts, dtype).contiguous()
+        where = [torch.empty(0, dtype=torch.int64, device=stored.device)]
+        if not stored.is_meta and stored.numel():
+            flat = stored.view(-1)
+            for start in range(0, len(flat), STRIP_ELEMENTS):
+                strip = flat[start : start + STRIP_ELEMENTS]
+                again = self.undo(self.change(strip, dtype), stored.dtype)
+                where.append((as_bits(again) != as_bits(strip)).nonzero().flatten() + start)
+        return Kept(self.name, dtype, tuple(stored.shape), *choose_kept(stored, torch.cat(where)))
+
+    def encode(self, key: str, tensor: Tensor, kept: Kept | None = None) -> Encoded:
+        """The inverse, in the dtype that was read, else in the tensor's; D403 where the change cannot give a value."""
+        tensor = tensor.detach().contiguous()
+        self.check_working(key, tensor.dtype)
+        if kept is not None:
+            self.check_kept(key, tensor, kept, tuple(tensor.shape))
+        stored = self.undo(tensor, tensor.dtype if kept is None else kept.codes.dtype)
+        if tensor.is_meta:
+            return Encoded({self.payload(key): stored})
+        self.refuse(key, tensor)
+        if kept is None:
+            return Encoded({self.payload(key): stored})
+        back = self._kept_everywhere(stored, kept.to(tensor.device))
+        fits = self._means(back, tensor, kept.dtype)
+        stored = torch.where(fits, as_bits(back), as_bits(stored)).view(stored.dtype)
+        edited = ~self._means(stored, tensor, kept.dtype)
+        return Encoded({self.payload(key): stored}, int(edited.sum()))
+
+    def _means(self, stored: Tensor, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A mask of stored elements that decode, in `dtype`, to what the tensor holds, bit by bit."""
+        return as_bits(exact_cast(self.change(stored, dtype), tensor.dtype)) == as_bits(tensor)
+
+    def _kept_everywhere(self, stored: Tensor, kept: Kept) -> Tensor:
+        if kept.where is None:
+            return kept.codes
+        back = stored.clone()
+        as_bits(back).view(-1)[kept.where] = as_bits(kept.codes)
+        return back
 
 
-class ValueChange(Codec):
-    """A change of every value, in a float tensor of whatever dtype; NaNs pass through bit by bit.
+class NarrowCast(Reversible):
+    """`f8e4m3`, `f8e5m2`: stored in eight bits, without scales; any float once decoded, exactly.
 
-    The complement holds the stored elements that the change and its inverse, both rounded, do not give back.
+    Rounds to nearest even; what the eight bits cannot reach is refused (D403), where torch would make it NaN or
+    infinite. Of e5m2's NaNs those that would not be written are kept.
     """
+
+    def __init__(self, name: str, dtype: str) -> None:
+        self.bind(Storage(name, "cast", (DTYPES[dtype],)))
+
+    def bind(self, storage: Storage) -> None:
+        """See `Codec.bind`."""
+        super().bind(storage)
+        narrow = {DTYPES[word]: word for word in ("f8e4m3", "f8e5m2")}
+        if storage.dtypes[0] not in narrow:
+            raise ValueError(f"codec {storage.name}: a narrow cast is to {' or '.join(narrow.values())}")
+        element = element_named(narrow[storage.dtypes[0]], "i8")
+        assert isinstance(element, MiniFloat)
+        self.element = element
+
+    def change(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values of the codes."""
+        if stored.is_meta:
+            return torch.empty_like(stored, dtype=dtype)
+        return self.element.read(stored[..., None], self._one(stored), dtype)[..., 0]
+
+    def undo(self, logical: Tensor, dtype: torch.dtype) -> Tensor:
+        """The nearest codes."""
+        if logical.is_meta:
+            return torch.empty_like(logical, dtype=self.element.dtype)
+        return self.element.write(logical[..., None], self._one(logical), self.element.dtype)[..., 0]
+
+    def refuse(self, key: str, logical: Tensor) -> None:
+        """What rounds to more than the largest code, and infinities that the format lacks."""
+        sizes = logical.float().abs()
+        beyond = sizes >= self.element.overflow if self.element.holds_inf else sizes > self.element.overflow
+        beyond = beyond & ~logical.isinf() | self.element.cannot_hold(logical)
+        refuse_where(self, key, logical, beyond, f"overflows {self.element.name}")
+
+    def _one(self, tensor: Tensor) -> Tensor:
+        return torch.ones((), dtype=torch.float32, device=tensor.device)
+
+
+class ValueChange(Reversible):
+    """A change of every value, in a float tensor of whatever dtype; NaNs pass through bit by bit."""
 
     @abstractmethod
     def forward(self, stored: Tensor) -> Tensor:
@@ -87,89 +199,32 @@ class ValueChange(Codec):
         """A mask of the values that the change cannot give."""
         return torch.zeros_like(logical, dtype=torch.bool)
 
-    def claims(self, key: str, dtype: torch.dtype) -> bool:
-        """Any float of 16 bits or more."""
-        return dtype in FLOAT_DTYPES
-
-    def stored(self, key: str, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> dict[str, StoredForm]:
-        """The same shape and dtype."""
-        return {self.payload(key): (dtype, tuple(shape))}
-
-    def logical_shape(self, payload_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The same."""
-        return tuple(payload_shape)
-
-    def decode(self, key: str, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def change(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """The changed values, rounded once to `dtype`."""
-        return self._apply(self._checked(key, parts, dtype), dtype)
-
-    def keep(self, key: str, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Kept:
-        """The stored elements that do not come back, or all of them if that is less."""
-        stored = self._checked(key, parts, dtype)
-        where = torch.empty(0, dtype=torch.int64, device=stored.device)
-        if not stored.is_meta:
-            again = self._undo(self._apply(stored, dtype), stored.dtype)
-            where = (as_bits(again) != as_bits(stored)).flatten().nonzero().flatten()
-        return Kept(self.name, dtype, tuple(stored.shape), *choose_kept(stored, where))
-
-    def encode(self, key: str, tensor: Tensor, kept: Kept | None = None) -> Encoded:
-        """The inverse, in the dtype that was read, else in the tensor's; D403 where the change cannot give a value."""
-        tensor = tensor.detach().contiguous()
-        self.check_working(key, tensor.dtype)
-        if kept is not None:
-            self.check_kept(key, tensor, kept, tuple(tensor.shape))
-        stored = self._undo(tensor, tensor.dtype if kept is None else kept.codes.dtype)
-        if tensor.is_meta:
-            return Encoded({self.payload(key): stored})
-        refuse_where(self, key, tensor, self.outside(tensor), f"is nothing that {self.name} can give")
-        if kept is None:
-            return Encoded({self.payload(key): stored})
-        back = self._kept_everywhere(stored, kept.to(tensor.device))
-        fits = self._means(back, tensor, kept.dtype)
-        stored = torch.where(fits, back, stored)
-        edited = ~self._means(stored, tensor, kept.dtype)
-        return Encoded({self.payload(key): stored}, int(edited.sum()))
-
-    def _means(self, stored: Tensor, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A mask of stored elements that decode, in `dtype`, to what the tensor holds, bit by bit."""
-        return as_bits(exact_cast(self._apply(stored, dtype), tensor.dtype)) == as_bits(tensor)
-
-    def _kept_everywhere(self, stored: Tensor, kept: Kept) -> Tensor:
-        if kept.where is None:
-            return kept.codes
-        back = stored.clone()
-        as_bits(back).view(-1)[kept.where] = as_bits(kept.codes)
-        return back
-
-    def _apply(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         return _around_nans(stored, exact_cast(self.forward(stored), dtype))
 
-    def _undo(self, logical: Tensor, dtype: torch.dtype) -> Tensor:
+    def undo(self, logical: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse, rounded once."""
         return _around_nans(logical, exact_cast(self.inverse(logical), dtype))
 
-    def _checked(self, key: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        self.check_working(key, dtype)
-        stored = self.part(key, parts, self.payload(key))
-        if stored.dtype not in FLOAT_DTYPES:
-            found = dtype_name(stored.dtype)
-            raise ConversionError("C504", f"{self.payload(key)} is {found}, {self.name} is for floats")
-        return stored.contiguous()
+    def refuse(self, key: str, logical: Tensor) -> None:
+        """Values that the change cannot give."""
+        refuse_where(self, key, logical, self.outside(logical), f"is nothing that {self.name} can give")
 
 
 class Add(ValueChange):
     """`add(1)`: logical = stored + amount, summed in float32 and rounded once (norms that are stored around zero)."""
 
     def __init__(self, name: str, amount: float) -> None:
-        super().__init__(name)
-        self.amount = amount
+        self.bind(Storage(name, "add", amount=amount))
 
     def forward(self, stored: Tensor) -> Tensor:
         """Stored + amount."""
-        return stored.float() + self.amount
+        return stored.float() + self.storage.amount
 
     def inverse(self, logical: Tensor) -> Tensor:
         """Logical - amount."""
-        return logical.float() - self.amount
+        return logical.float() - self.storage.amount
 
 
 class NegExp(ValueChange):
@@ -178,6 +233,9 @@ class NegExp(ValueChange):
     Computed in float64, then rounded to float32: float32 exponentials differ by a bit between vectors and their tails
     and between devices, and what was kept on one machine has to fit on another.
     """
+
+    def __init__(self, name: str) -> None:
+        self.bind(Storage(name, "neg_exp"))
 
     def forward(self, stored: Tensor) -> Tensor:
         """-exp(stored)."""
@@ -198,6 +256,16 @@ def refuse_where(codec: Codec, key: str, tensor: Tensor, mask: Tensor, what: str
         place = int(mask.flatten().to(torch.uint8).argmax())
         found = f"element {unflatten_index(place, tensor.shape)} is {tensor.flatten()[place].item()}"
         raise ConversionError("D403", f"{codec.payload(key)}: {found}, which {what}")
+
+
+def _strips(tensor: Tensor) -> Iterator[slice | tuple[()]]:
+    """Some rows of a tensor at a time; a scalar is one."""
+    if not tensor.ndim:
+        yield ()
+        return
+    step = max(1, STRIP_ELEMENTS * len(tensor) // max(1, tensor.numel()))
+    for start in range(0, len(tensor), step):
+        yield slice(start, start + step)
 
 
 def _around_nans(source: Tensor, result: Tensor) -> Tensor:

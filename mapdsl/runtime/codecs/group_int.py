@@ -1,0 +1,96 @@
+"""`group_int`: DeepSpeed's integers, one scale for each of a number of equal runs of the flat tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mapdsl.runtime.codecs.base import Codec, Slice
+from mapdsl.runtime.codecs.block_scaled import BlockScaled, Factors
+from mapdsl.runtime.codecs.elements import Integer
+from mapdsl.runtime.codecs.formats import round_product
+from mapdsl.runtime.codecs.scales import reciprocal
+from mapdsl.runtime.codecs.storage import GroupStorage
+from mapdsl.runtime.codecs.strided import copy_strided
+from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS, BlockGrid
+
+
+class GroupInt(BlockScaled):
+    """Integers of 2 to 8 bits, two's complement in an int8 each: logical = element * scale, rounded once to float.
+
+    DeepSpeed's `WeightQuantization`: the flat tensor is cut into `groups` equal runs, with a float32 scale each,
+    `[1, groups]`. With `inverse` the scales are the factors that values were multiplied with, `[groups, 1]`.
+    """
+
+    storage: GroupStorage  # type: ignore[assignment]
+
+    def __init__(
+        self, name: str, bits: int = 8, groups: int = 1, scale: str = "{key}_scale", *, inverse: bool = False
+    ) -> None:
+        self.bind(GroupStorage(name, bits=bits, groups=groups, scale=scale, inverse=inverse))
+
+    def bind(self, storage: GroupStorage) -> None:  # type: ignore[override]
+        """See `Codec.bind`."""
+        Codec.bind(self, storage)
+        self.element: Integer = Integer(f"i{storage.bits}", torch.int8, storage.bits, 1, offset=False)
+        self.scale_dtypes = (torch.float32,)
+
+    def _decode(self, parts: Mapping[str, Tensor], values: Tensor, of: Slice | None) -> None:
+        """By the block kernel where the whole tensor is decoded in its own order, else position by position."""
+        if of is None and values.is_contiguous():
+            codes = self._codes(parts["payload"])
+            self._decode_into(codes, self._factors(parts), values.view(codes.shape), (0, 0))
+            return
+        shape, box = (tuple(values.shape), tuple((0, size) for size in values.shape)) if of is None else of
+        factors, run = self._factors(parts).values.flatten(), torch.Size(shape).numel() // self.storage.groups
+        places = [torch.zeros((), dtype=torch.int64, device=values.device)]
+        for dim, (start, stop) in enumerate(box):
+            stride = torch.Size(shape[dim + 1 :]).numel()
+            along = torch.arange(start, stop, device=values.device) * stride
+            places.append(along.view(-1, *(1,) * (len(shape) - dim - 1)))
+        step = max(1, STRIP_ELEMENTS * len(values) // max(1, values.numel())) if values.ndim else 1
+        for start in range(0, len(values) if values.ndim else 1, step):
+            rows = slice(start, start + step) if values.ndim else ()
+            first = [places[1][rows]] if values.ndim else []
+            group = sum(first + places[2:], places[0]).div(run, rounding_mode="floor")
+            copy_strided(values[rows], round_product(parts["payload"][rows].float(), factors[group], values.dtype))
+
+    def _write_anew(
+        self,
+        key: str,
+        tensor: Tensor,
+        codes: Tensor,
+        only: Tensor | None = None,
+        before: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """DeepSpeed's quantiser: values times 2**bits / (2 * amax + 1e-5), rounded to even, saturating."""
+        grid, values, largest = self._measured(key, tensor, codes, only)
+        multiplier = 2.0**self.storage.bits / (2 * largest + 1e-5)
+        scale = multiplier if self.storage.inverse else 1 / multiplier
+        if only is not None and before is not None:
+            scale = torch.where(only, scale, before["scale"].reshape(scale.shape))
+        flat = codes.view(grid.elements)
+        for tile in grid.tiles():
+            target, fresh = tile.cut(flat), self.element.rounded(tile.cut(values).float() * tile.blocks(multiplier))
+            picked = (
+                fresh.view(torch.int8)
+                if only is None
+                else torch.where(tile.blocks(only), fresh.view(torch.int8), target)
+            )
+            target.copy_(picked)
+        return {"scale": scale.reshape(self.storage.part_shapes(tuple(tensor.shape))["scale"])}
+
+    def _factors(self, parts: Mapping[str, Tensor]) -> Factors:
+        scale = parts["scale"].float()
+        return Factors(reciprocal(scale) if self.storage.inverse else scale, None)
+
+    def _codes(self, payload: Tensor) -> Tensor:
+        return payload.contiguous().view(self._code_shape(tuple(payload.shape)))
+
+    def _code_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.storage.groups, torch.Size(shape).numel() // self.storage.groups
+
+    def _grid(self, code_shape: tuple[int, ...], offset: tuple[int, int] = (0, 0)) -> BlockGrid:
+        return BlockGrid(tuple(code_shape), (1, None), offset)

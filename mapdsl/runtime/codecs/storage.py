@@ -1,0 +1,395 @@
+"""What each format stores: names, dtypes and shapes of all parts, and which of them hold a slice. No torch here.
+
+The compiler checks maps with these, the runtime plans, checks and slices with them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+# The language's words for dtypes, and safetensors' spelling of each.
+DTYPES = {
+    "f64": "F64",
+    "f32": "F32",
+    "f16": "F16",
+    "bf16": "BF16",
+    "f8e4m3": "F8_E4M3",
+    "f8e5m2": "F8_E5M2",
+    "f8e8m0": "F8_E8M0",
+    "i64": "I64",
+    "i32": "I32",
+    "i16": "I16",
+    "i8": "I8",
+    "u8": "U8",
+    "bool": "BOOL",
+}
+FLOAT_SCALES = ("f32", "bf16", "f16")
+# e8m0 is a bare exponent; older releases store its bytes as u8.
+POWERS = ("f8e8m0", "u8")
+SCALES = (*FLOAT_SCALES, "f8e4m3", *POWERS)
+
+Shape = tuple[int, ...]
+# Start and stop in each dimension.
+Box = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One stored tensor of a format; `dtypes` in safetensors' spelling, shape None where the logical one is unknown."""
+
+    name: str
+    dtypes: tuple[str, ...]
+    shape: Shape | None
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A format of one tensor. This one has no companions: `raw`, a cast (`dtypes` says to what), a change of value."""
+
+    name: str
+    kind: str
+    dtypes: tuple[str, ...] = ()
+    amount: float = 0.0
+    payload: str = "{key}"
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Names of all stored tensors over `{key}` and `{stem}`, by role, payload first."""
+        return {"payload": self.payload}
+
+    @property
+    def payload_dtypes(self) -> tuple[str, ...]:
+        """What the payload may be stored in; any float where empty."""
+        return self.dtypes
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Templates of the names beside the payload's."""
+        return tuple(self.templates.values())[1:]
+
+    @property
+    def per(self) -> int:
+        """Logical elements along the last dimension that share one stored element."""
+        return 1
+
+    @property
+    def moves_whole(self) -> bool:
+        """Whether all parts have the tensor's leading dimensions, so that it can be stacked without being decoded."""
+        return True
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing new can be written, but what was read only."""
+        return False
+
+    def part_names(self, key: str) -> dict[str, str]:
+        """Stored names by role, payload first."""
+        return {role: fill_template(template, key) for role, template in self.templates.items()}
+
+    def names(self, key: str) -> list[str]:
+        """Stored names, payload first."""
+        return list(self.part_names(key).values())
+
+    def claims(self, dtype: str) -> bool:
+        """Whether a payload of this dtype may be stored so."""
+        return not self.payload_dtypes or dtype in self.payload_dtypes
+
+    def unfit(self, shape: Shape) -> str | None:
+        """Why a tensor of this shape cannot be stored so, if it cannot: `shape [3, 5] has ...`."""
+        return None
+
+    def needs_dimensions(self) -> int:
+        """The fewest dimensions that a tensor stored so has."""
+        return 0
+
+    def needs_payload_dimensions(self) -> int:
+        """The fewest dimensions that a payload has."""
+        return 0
+
+    def logical_shape(self, payload: Shape) -> Shape:
+        """The shape of the decoded tensor."""
+        return payload
+
+    def part_dtypes(self) -> dict[str, tuple[str, ...]]:
+        """Dtypes of each part, in safetensors' spelling."""
+        return {"payload": self.payload_dtypes}
+
+    def part_shapes(self, shape: Shape) -> dict[str, Shape]:
+        """Shape of each part, by the logical shape."""
+        return {"payload": shape}
+
+    def stored(self, key: str, shape: Shape | None) -> list[Stored]:
+        """All stored tensors of a logical shape, payload first."""
+        dtypes = self.part_dtypes()
+        shapes = None if shape is None else self.part_shapes(shape)
+        names = self.part_names(key)
+        return [Stored(names[role], dtypes[role], None if shapes is None else shapes[role]) for role in names]
+
+    def cut(self, shape: Shape, box: Box) -> dict[str, Box]:
+        """Which part of each stored tensor holds a slice of a logical tensor; no more than needed to decode it."""
+        return {"payload": box}
+
+
+# Bits of a value, stored dtype of the payload, of each element that a block-scaled format may have.
+ELEMENT_BITS = {"f8e4m3": 8, "f8e5m2": 8, "f4e2m1": 4, "i8": 8, "i4": 4, "same": 0}
+
+
+@dataclass(frozen=True)
+class BlockStorage(Storage):
+    """`block_scaled` and symmetric `packed_int`: narrow elements, one scale for each block of the last two dimensions.
+
+    `packed` is the integer that holds elements of fewer bits, low bits first; `blocks` splits the last dimension into
+    blocks and the bytes of each. `squeeze` leaves whole dimensions out of the scales' shape. Scales multiply, or
+    divide (`inverse`); one more of the whole matrix may stand over them. `rule` rounds scales that are powers.
+    """
+
+    element: str = "f8e4m3"
+    block: tuple[int | None, int | None] = (None, None)
+    scale: str = "{stem}.scale"
+    scale_dtypes: tuple[str, ...] = ()
+    squeeze: bool = False
+    packed: str = "i8"
+    blocks: bool = False
+    inverse: bool = False
+    global_scale: str = ""
+    global_dims: int = 0
+    global_inverse: bool = False
+    shape: str = ""
+    rule: str = "up"
+    kind: str = field(default="block_scaled", init=False)
+    dtypes: tuple[str, ...] = field(default=(), init=False)
+    amount: float = field(default=0.0, init=False)
+
+    @property
+    def templates(self) -> dict[str, str]:
+        named = {"scale": self.scale, "global": self.global_scale, "shape": self.shape}
+        return {"payload": self.payload} | {role: name for role, name in named.items() if name}
+
+    @property
+    def payload_dtypes(self) -> tuple[str, ...]:
+        if self.element == "same":
+            return ()
+        bits = ELEMENT_BITS[self.element]
+        return (DTYPES[self.packed if bits < 8 or self.shape else self.element],)
+
+    @property
+    def bits(self) -> int:
+        """Bits of an element; 0 for `same`."""
+        return ELEMENT_BITS[self.element]
+
+    @property
+    def per(self) -> int:
+        if not self.bits:
+            return 1
+        return (32 if self.packed == "i32" else 8) // self.bits
+
+    @property
+    def moves_whole(self) -> bool:
+        return not (self.squeeze or self.blocks or self.global_scale or self.shape)
+
+    def needs_dimensions(self) -> int:
+        return 2 if self.block[0] not in (None, 1) else 1
+
+    def needs_payload_dimensions(self) -> int:
+        return 2 if self.blocks else 1 if self.per > 1 else 0
+
+    def unfit(self, shape: Shape) -> str | None:
+        width = self.block[1] if self.blocks and self.block[1] else self.per
+        if width > 1 and (not shape or shape[-1] % width):
+            what = "blocks" if self.blocks else f"{self.packed} elements"
+            return (
+                f"the last dimension of {list(shape)} is not a multiple of {width}, and {self.name} fills whole {what}"
+            )
+        return None
+
+    def logical_shape(self, payload: Shape) -> Shape:
+        if self.blocks and len(payload) > 1:
+            return (*payload[:-2], payload[-2] * payload[-1] * self.per)
+        return (*payload[:-1], payload[-1] * self.per) if payload else payload
+
+    def part_dtypes(self) -> dict[str, tuple[str, ...]]:
+        scales = tuple(DTYPES[word] for word in self.scale_dtypes or FLOAT_SCALES)
+        dtypes = {"payload": self.payload_dtypes, "scale": scales, "global": ("F32",), "shape": ("I64", "I32")}
+        return {role: dtypes[role] for role in self.templates}
+
+    def part_shapes(self, shape: Shape) -> dict[str, Shape]:
+        shapes = {
+            "payload": self._packed(shape),
+            "scale": self.grid(shape),
+            "global": (*shape[:-2], *(1,) * self.global_dims),
+            "shape": (len(shape),),
+        }
+        return {role: shapes[role] for role in self.templates}
+
+    def grid(self, shape: Shape) -> Shape:
+        """The shape of the scales: a block may be cut off at the edge; `squeeze` leaves out what is one block whole."""
+        return (*shape[:-2], *(1 if b is None else -(-size // b) for size, b in self._blocked(shape)))
+
+    def cut(self, shape: Shape, box: Box) -> dict[str, Box]:
+        batch = box[:-2]
+        scales = zip(box[-2:], self.block[2 - len(box[-2:]) :], strict=True)
+        boxes: dict[str, Box] = {
+            "payload": self._packed_box(box),
+            "scale": (*batch, *((0, 1) if b is None else _covered(span, b) for span, b in scales if self._shown(b))),
+            "global": (*batch, *((0, 1),) * self.global_dims),
+            "shape": ((0, len(shape)),),
+        }
+        return {role: boxes[role] for role in self.templates}
+
+    def _shown(self, block: int | None) -> bool:
+        return not (self.squeeze and block is None)
+
+    def _blocked(self, shape: Shape) -> list[tuple[int, int | None]]:
+        last = shape[-2:]
+        return [pair for pair in zip(last, self.block[2 - len(last) :], strict=True) if self._shown(pair[1])]
+
+    def _packed(self, shape: Shape) -> Shape:
+        if not shape:
+            return shape
+        if self.blocks:
+            width = self.block[1] or shape[-1] or self.per
+            return (*shape[:-1], shape[-1] // width, width // self.per)
+        return (*shape[:-1], shape[-1] // self.per)
+
+    def _packed_box(self, box: Box) -> Box:
+        if not box:
+            return box
+        if self.blocks:
+            width = self.block[1] or self.per
+            return (*box[:-1], _covered(box[-1], width), (0, width // self.per))
+        return (*box[:-1], _covered(box[-1], self.per))
+
+
+@dataclass(frozen=True)
+class PackedIntStorage(Storage):
+    """GPTQ and AWQ: integers packed in 32-bit words, with a scale and a zero point for each group of input rows.
+
+    The logical tensor is `[in, out]`, as both lay it out. GPTQ packs down the input rows, and `g_idx` says the group of
+    each; AWQ packs along the outputs, in an order of its own.
+    """
+
+    layout: str = "gptq"
+    bits: int = 4
+    group: int = 128
+    payload: str = "{stem}.qweight"
+    zeros: str = "{stem}.qzeros"
+    scale: str = "{stem}.scales"
+    order: str = "{stem}.g_idx"
+    zero_offset: int = 1
+    kind: str = field(default="packed_int", init=False)
+    dtypes: tuple[str, ...] = field(default=("I32",), init=False)
+    amount: float = field(default=0.0, init=False)
+
+    @property
+    def templates(self) -> dict[str, str]:
+        names = {"payload": self.payload, "zeros": self.zeros, "scale": self.scale}
+        return names | ({"order": self.order} if self.layout == "gptq" else {})
+
+    @property
+    def moves_whole(self) -> bool:
+        return False
+
+    @property
+    def read_only(self) -> bool:
+        return True
+
+    def needs_dimensions(self) -> int:
+        return 2
+
+    def needs_payload_dimensions(self) -> int:
+        return 2
+
+    def unfit(self, shape: Shape) -> str | None:
+        if len(shape) != 2:
+            return f"{list(shape)} is not [in, out], which {self.name} packs"
+        packed = shape[1:] if self.layout == "awq" else shape
+        if any(size * self.bits % 32 for size in packed):
+            return f"{list(shape)} does not fill whole 32-bit words with elements of {self.bits} bits"
+        return None
+
+    def logical_shape(self, payload: Shape) -> Shape:
+        rows, columns = payload
+        return (rows, columns * 32 // self.bits) if self.layout == "awq" else (rows * 32 // self.bits, columns)
+
+    def part_dtypes(self) -> dict[str, tuple[str, ...]]:
+        words, scales = ("I32",), tuple(DTYPES[word] for word in ("f16", "bf16", "f32"))
+        return {"payload": words, "zeros": words, "scale": scales} | (
+            {"order": words} if "order" in self.templates else {}
+        )
+
+    def groups(self, rows: int) -> int:
+        """Groups over the input rows; group 0 is all of them."""
+        return -(-rows // (self.group or rows or 1))
+
+    def part_shapes(self, shape: Shape) -> dict[str, Shape]:
+        rows, columns = shape
+        groups, words = self.groups(rows), columns * self.bits // 32
+        parts = {"zeros": (groups, words), "scale": (groups, columns)}
+        if self.layout == "awq":
+            return {"payload": (rows, words), **parts}
+        return {"payload": (rows * self.bits // 32, columns), **parts, "order": (rows,)}
+
+    def cut(self, shape: Shape, box: Box) -> dict[str, Box]:
+        rows, columns = box
+        words = tuple(_covered(span, math.lcm(self.bits, 32) // self.bits) for span in box)
+        per = math.lcm(self.bits, 32) // 32  # words of one whole run: 3 for elements of 3 bits
+        in_words = [(start * per, stop * per) for start, stop in words]
+        if self.layout == "awq":
+            groups = _covered(rows, self.group or shape[0])
+            return {"payload": (rows, in_words[1]), "zeros": (groups, in_words[1]), "scale": (groups, columns)}
+        # Rows may belong to any group, as `g_idx` says.
+        groups = (0, self.groups(shape[0]))
+        zeros, scale = (groups, in_words[1]), (groups, columns)
+        return {"payload": (in_words[0], columns), "zeros": zeros, "scale": scale, "order": (rows,)}
+
+
+@dataclass(frozen=True)
+class GroupStorage(Storage):
+    """`group_int`: DeepSpeed's integers of 2 to 8 bits in an int8 each, one scale for each of `groups` flat runs."""
+
+    bits: int = 8
+    groups: int = 1
+    scale: str = "{key}_scale"
+    inverse: bool = False
+    kind: str = field(default="group_int", init=False)
+    dtypes: tuple[str, ...] = field(default=("I8",), init=False)
+    amount: float = field(default=0.0, init=False)
+    payload: str = field(default="{key}", init=False)
+
+    @property
+    def templates(self) -> dict[str, str]:
+        return {"payload": self.payload, "scale": self.scale}
+
+    @property
+    def moves_whole(self) -> bool:
+        return False
+
+    def unfit(self, shape: Shape) -> str | None:
+        if math.prod(shape) % self.groups:
+            return f"the {math.prod(shape)} elements of {list(shape)} do not fall into {self.groups} equal groups"
+        return None
+
+    def part_dtypes(self) -> dict[str, tuple[str, ...]]:
+        return {"payload": self.dtypes, "scale": ("F32",)}
+
+    def part_shapes(self, shape: Shape) -> dict[str, Shape]:
+        return {"payload": shape, "scale": (self.groups, 1) if self.inverse else (1, self.groups)}
+
+    def cut(self, shape: Shape, box: Box) -> dict[str, Box]:
+        scales = ((0, self.groups), (0, 1)) if self.inverse else ((0, 1), (0, self.groups))
+        return {"payload": box, "scale": scales}
+
+
+def fill_template(template: str, key: str) -> str:
+    """A stored name: `{key}` is the tensor's, `{stem}` that without its last segment; no dot follows an empty stem."""
+    stem, dot, _ = key.rpartition(".")
+    if not dot:
+        template = template.replace("{stem}.", "{stem}")
+    return template.replace("{stem}", stem).replace("{key}", key)
+
+
+def _covered(span: tuple[int, int], size: int) -> tuple[int, int]:
+    """The runs of `size` elements that a span touches."""
+    start, stop = span
+    return (start // size, -(-stop // size)) if stop > start else (start // size, start // size)
