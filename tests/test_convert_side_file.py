@@ -20,6 +20,7 @@ from mapdsl.checkpoint import sidecar
 from mapdsl.checkpoint.headers import read_header
 from mapdsl.checkpoint.sidecar import SIDE_FILE, SideFile
 from mapdsl.language.diagnostics import MapError
+from mapdsl.language.source import Source
 
 
 @pytest.fixture(scope="module")
@@ -301,3 +302,16 @@ def test_the_index_that_a_side_file_names_stays_in_the_folder(name, there, tmp_p
         mapdsl.convert(there, tmp_path / "back", MAP, to="hf")
     assert only(caught.value).code in ("C507", "C506")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+def test_it_keeps_the_dtypes_that_the_map_changes(tmp_path: Path) -> None:
+    text = "map m: hf <-> native\nw [a b] <-> w [b a] as f32\nv as f32 <-> v\nzero [3] <-> _ = 0\n"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        place = tmp_path / str(dtype)
+        place.mkdir()
+        map_ = mapdsl.Map(Source("m.map", text))
+        state = {"w": torch.randn(2, 3).to(dtype), "v": torch.ones(2), "zero": torch.zeros(3, dtype=dtype)}
+        write_state(place / "source", state)
+        mapdsl.convert(place / "source", place / "there", map_, to="native")
+        mapdsl.convert(place / "there", place / "back", map_, to="hf")
+        assert_same_files(place / "source", place / "back")

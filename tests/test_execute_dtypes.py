@@ -110,6 +110,15 @@ def test_a_constant_comes_back_in_the_dtype_that_it_was_found_in(dtype: torch.dt
     assert_same(trip(f"w <-> w\n{there} <-> {here} = 0\n", state, start), {"w": state["w"]}, "the other side")
 
 
+def test_of_a_constant_the_bare_grade_is_of_its_value() -> None:
+    for text, bare in (("c [3] <-> _ = 0\n", "value"), ("c [3] as f32 <-> _ = 0\n", "bit, guarded")):
+        checked = map_of("w <-> w\n" + text).checked
+        law = rule_law(checked.map.rules[1], checked.layouts[1])
+        assert law.left is not None
+        assert law.left_bare is not None
+        assert (law.left.grade, law.left_bare.grade) == ("bit, guarded", bare)
+
+
 def test_a_constant_that_a_dtype_rounds_is_compared_as_rounded() -> None:
     for dtype in (F32, BF16, torch.float64):
         trip("w <-> w\nc [] <-> _ = 0.1\n", {"w": values(1), "c": torch.tensor(0.1, dtype=dtype)})
@@ -187,3 +196,13 @@ def test_each_side_has_copies_of_its_own() -> None:
     made["d.1"][2, 1] += 1
     with pytest.raises(ConversionError, match=r"R602.*d\.1.*\[.*2, 1\]"):
         map_of(COPIES).adapter({}).write(made)
+
+
+def test_the_order_of_a_mixed_stack_changes_nothing() -> None:
+    text = FP8 + FP4 + STACK + "[e d f] as fp8|fp4|raw\n"  # turned, so that no block stays whole
+    for names in ("012", "021", "210"):
+        stored = {}
+        for name, tensor in two_formats().items():
+            number = name.split(".")[1]
+            stored[name.replace(f"x.{number}.", f"x.{names[int(number)]}.")] = tensor
+        assert set(trip(text, stored)) == {"y.w"}

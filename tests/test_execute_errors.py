@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from mapdsl.checkpoint.against import check_against
+from mapdsl.checkpoint.checkpoint import open_checkpoint
 from mapdsl.compiler.expand import expand
 from mapdsl.language.diagnostics import MapError
 from mapdsl.map import load
@@ -394,3 +397,21 @@ def test_included_rules_run_under_their_prefix(tmp_path: Path) -> None:
     with pytest.raises(ConversionError) as caught:
         adapter.read({k: v for k, v in state.items() if k != "language.norm"})
     assert caught.value.rule == "text.map:6: norm <-> ln"
+
+
+def test_without_experts_nothing_is_promised_and_nothing_missed(tmp_path: Path) -> None:
+    text = "param E\nparam D\nnorm [D] <-> ln\nbias [E] <-> b\nrouter [E D] <-> r [D E]\ncount [(E D)] <-> _ = 0\n"
+    map_ = map_of(text)
+    stored = map_.adapter({"E": 0, "D": 2}).write({"ln": ZEROS(2)})
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"E": 0, "D": 2}')
+    expansion = expand(map_.checked, {"E": 0, "D": 2})
+    assert (
+        {key.name for key in expansion.keys("left")} == set(stored) == set(map_.adapter({"E": 0, "D": 2}).left_keys())
+    )
+    adapter, empty = map_.adapter({"E": 0, "D": 2}), {**stored, "bias": ZEROS(0), "count": ZEROS(0)}
+    assert_same(adapter.write(adapter.read(empty)), empty, "what is there without elements comes back")
+    findings, _ = check_against(map_.checked, open_checkpoint(tmp_path), {"E": 0, "D": 2})
+    assert findings == []
+    findings, _ = check_against(map_.checked, open_checkpoint(tmp_path), {"E": 1, "D": 2})
+    assert {finding.code for finding in findings} == {"C502"}

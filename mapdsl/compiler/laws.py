@@ -53,7 +53,7 @@ def meet(grades: Sequence[Grade | None]) -> Grade:
 def rule_law(rule: ir.Rule, layout: Layout) -> RuleLaw:
     """The grades of a rule."""
     if not rule.right:
-        return RuleLaw(rule, _one_sided(rule, "->"), _one_sided(rule, "->"), None)
+        return RuleLaw(rule, _one_sided(rule, "->"), _one_sided(rule, "->", with_complement=False), None)
     if not rule.left:
         return RuleLaw(rule, None, None, _one_sided(rule, "<-"))
     guarded = [Grade("bit, guarded", f"copies of {', '.join(sorted(layout.repeated))} are compared")]
@@ -104,14 +104,17 @@ def _all_alike(tensors: tuple[ir.Tensor, ...]) -> bool:
     return all([c.name for c in t.codecs] == [c.name for c in tensors[0].codecs] for t in tensors)
 
 
-def _one_sided(rule: ir.Rule, drops: str) -> Grade:
+def _one_sided(rule: ir.Rule, drops: str, *, with_complement: bool = True) -> Grade:
     if rule.arrow == drops:
         return Grade("none", "dropped")
     value = rule.value
     if value is None or not value.compared:
         return Grade("lossy", "made anew, not compared")
-    what = "tied" if isinstance(value.content, tree.Template) else "constant"
-    return Grade("bit, guarded", f"{what}, compared")
+    if isinstance(value.content, tree.Template):
+        return Grade("bit, guarded", "tied, compared")
+    if not with_complement and not all(tensor.codecs for tensor in (*rule.left, *rule.right)):
+        return Grade("value", "constant, made in the dtype that is asked")
+    return Grade("bit, guarded", "constant, compared")
 
 
 def _decoded(codec: ir.CodecSpec, with_complement: bool) -> Grade:

@@ -29,6 +29,8 @@ def violated_law(
         kind, name, *_ = (*application.function, "")
         if kind == "list" and name in distinct and model.get(application.value, 0) < 0:
             return at_least(_value(application), 0)
+        if kind == "positions" and model.get(application.value, 0) < application.arguments[0].value(model):
+            return at_least(_value(application), application.arguments[0])  # as many stand before it
     for function, group in by_function.items():
         members = by_function.get(("member", function[1]), []) if function[0] == "list" else []
         for element, member in product(group, members):
@@ -79,14 +81,14 @@ def _is_member(element: Application, member: Application, model: Mapping[str, in
 
 
 def _increasing(first: Application, second: Application, model: Mapping[str, int]) -> Formula | None:
-    """Later positions hold greater values."""
+    """Later positions hold greater values: as much greater at least as they are later."""
     (a,), (b,) = first.arguments, second.arguments
     x, y = _value(first), _value(second)
     apart, grows = b.value(model) - a.value(model), y.value(model) - x.value(model)
-    if not apart or apart * grows > 0:
+    if not apart or grows * apart >= apart * apart:
         return None
-    above = Conjunction((at_least(a, b + 1), at_least(x, y + 1)))
-    below = Conjunction((at_least(b, a + 1), at_least(y, x + 1)))
+    above = Conjunction((at_least(a, b + 1), at_least(x - y, a - b)))
+    below = Conjunction((at_least(b, a + 1), at_least(y - x, b - a)))
     return Disjunction((equal(a, b), above, below))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mapdsl.compiler.evaluation import EvaluationError, evaluate, evaluate_params, show
 from mapdsl.compiler.ir import children, names_in
-from mapdsl.compiler.logic import FIRST_STRING, Application, Scope, Symbols
+from mapdsl.compiler.logic import FIELD, FIRST_STRING, Application, Scope, Symbols
 from mapdsl.language import tree
 from mapdsl.language.tree import Expr
 
@@ -32,7 +33,7 @@ def build_witness(
 ) -> Witness | None:
     """The config that a model describes, or None where a claim is not true of it (the formula said too little)."""
     try:
-        values = _Decoder(symbols, applications, model).values()
+        values = _Decoder(scope, symbols, applications, model).values()
         mentioned = _mentioned_params(scope, claims)
         params = evaluate_params({name: scope.params[name] for name in mentioned}, values)
         values = {**values, **params, **_index_values(scope, symbols, model)}
@@ -64,7 +65,10 @@ def _mentioned_params(scope: Scope, claims: Sequence[Expr]) -> list[str]:
 class _Decoder:
     """Config fields, `has(...)` and sizes from the integers of a model."""
 
-    def __init__(self, symbols: Symbols, applications: Iterable[Application], model: Mapping[str, int]) -> None:
+    def __init__(
+        self, scope: Scope, symbols: Symbols, applications: Iterable[Application], model: Mapping[str, int]
+    ) -> None:
+        self.scope = scope
         self.symbols = symbols
         self.applications = list(applications)
         self.model = model
@@ -101,10 +105,29 @@ class _Decoder:
     def _list(self, path: str) -> list[Any]:
         """What is looked up stands at its position; members that are nowhere yet follow."""
         elements = self._elements(path)
-        length = self._length(path)
-        filler = _filler(elements.values())
-        items = [elements.get(position, filler) for position in range(min(length, _LONGEST_LIST))]
+        length = min(self._length(path), _LONGEST_LIST)
+        tables = [table for table in _tables(self.scope) if path in _fields(table.arguments[0], self.scope)]
+        for table in tables:
+            self._make_true(table, elements, length)
+        filler = _filler(elements.values(), [_literal(table) for table in tables])
+        items = [elements.get(position, filler) for position in range(length)]
         return items + [member for member in self._members(path) if member not in items]
+
+    def _make_true(self, table: tree.Call, elements: dict[int, Any], length: int) -> None:
+        """Let a list hold what is sought so often before each position of a table as the table has positions before."""
+        sought = _literal(table)
+        known = {
+            a.arguments[0].value(self.model): self.model.get(a.value, 0) for a in self._of(("positions", show(table)))
+        }
+        if (count := self.symbols.variables.get(("foreign", table))) is not None:
+            known.setdefault(self.model.get(count, 0), length)  # as if one more stood behind the end
+        before, start = 0, 0
+        for number, position in sorted(known.items()):
+            span = range(start, position)
+            missing = number - before - sum(elements.get(place) == sought for place in span)
+            for place in [place for place in span if place not in elements][: max(missing, 0)]:
+                elements[place] = sought
+            before, start = number + 1, position + 1
 
     def _elements(self, path: str) -> dict[int, Any]:
         elements: dict[int, Any] = {}
@@ -132,11 +155,49 @@ class _Decoder:
         return [application for application in self.applications if application.function == function]
 
 
-def _filler(elements: Collection[Any]) -> Any:
-    """Something of the same type for the positions that do not matter."""
-    if any(isinstance(element, str) for element in elements):
+def _filler(elements: Collection[Any], avoided: Collection[Any]) -> Any:
+    """Something of the same type for the positions that do not matter, which no table seeks."""
+    known = [*elements, *avoided]
+    if any(isinstance(value, str) for value in known):
         return ""
-    return False if elements and all(isinstance(element, bool) for element in elements) else 0
+    if known and all(isinstance(value, bool) for value in known):
+        return False in avoided
+    return next(number for number in itertools.count() if number not in avoided)
+
+
+# --- tables: `positions(X, v)` -------------------------------------------------------------------------------------
+
+
+def _tables(scope: Scope) -> list[tree.Call]:
+    """The tables that params are made of, each once; those that seek no literal are left out."""
+    found: dict[tree.Call, None] = {}
+    waiting = [scope.definition(name) for name in scope.params]
+    while waiting:
+        match waiting.pop():
+            case (
+                tree.Call(function="positions", arguments=(_, tree.Number() | tree.String() | tree.Boolean())) as table
+            ):
+                found[table] = None
+            case expr:
+                waiting += children(expr)
+    return list(found)
+
+
+def _literal(table: tree.Call) -> Any:
+    sought = table.arguments[1]
+    return sought.value if isinstance(sought, (tree.Number, tree.String, tree.Boolean)) else None
+
+
+def _fields(source: Expr, scope: Scope) -> set[str]:
+    """The config fields that a list may be."""
+    match source:
+        case tree.Name(path=path) if scope.is_param(path):
+            return _fields(scope.definition(path), scope)
+        case tree.Name(path=path):
+            return {path.removeprefix(FIELD)}
+        case tree.Default(options=options):
+            return set().union(*(_fields(option, scope) for option in options))
+    return set()
 
 
 # --- what is shown -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ is written to its place as it comes, so that only the result is held in memory.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from mapdsl.compiler import ir
 from mapdsl.compiler.shapes import Piece, keeps_blocks
@@ -38,7 +39,7 @@ class Movement:
         head, depth = self.e.wild.head(self._first_name(), self.source, depth)
         if self.e.rule.is_else:
             names = [self.e.all_names(self.target, tensor) for tensor in self.there]
-            but = "but=narrower" if self.e.wild.narrower(self.target) else None
+            but = "but=narrower" if self.e.wild.narrow[self.target] else None
             head += lines(call("put.own", *names, but), depth)
         return head + self._emit(depth)
 
@@ -263,17 +264,16 @@ class Movement:
             out += lines(code, depth, before=f"{variable} = ")
         return out + self._with_view(from_, lambda v: call(f"{variable}.copy_", v), depth)
 
-    def _with_view(self, v: View, code: object, depth: int, before: str = "") -> list[str]:
+    def _with_view(self, v: View, build: Callable[[str], Code], depth: int, before: str = "") -> list[str]:
         """A statement with a view in it; a view that makes the line too long is spelled out before."""
-        build = code  # a function of the view's code
-        block = lines(build(v.code), depth, before=before)  # type: ignore[operator]
+        block = lines(build(v.code), depth, before=before)
         if fits(block):
             return block
         variable = fresh("part", set(self.words))
         out: list[str] = []
         for step in v.spelled_out(variable, _room(depth, variable)):
             out += lines(step, depth, before=f"{variable} = ")
-        return out + lines(build(variable), depth, before=before)  # type: ignore[operator]
+        return out + lines(build(variable), depth, before=before)
 
     def _views(self, mine: Piece, other: Piece, whole: str) -> tuple[View, View]:
         """The piece in its source tensor and in its target, as views of the same dimensions."""

@@ -278,7 +278,7 @@ class RuleEmitter:
         into = self.into((here,), (there,), keeps_blocks=True)
         head, depth = self.wild.head(here.template, source, depth)
         put = "put.carried" if self.rule.is_else else "put"
-        but = "but=narrower" if self.rule.is_else and self.wild.narrower(1 - source) else None
+        but = "but=narrower" if self.rule.is_else and self.wild.narrow[1 - source] else None
         code = call(put, self.name(there), self.take(here, shape, into=into), self.stored(there), but)
         return [*head, *lines(code, depth)]
 

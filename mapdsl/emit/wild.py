@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mapdsl.compiler import ir
 from mapdsl.compiler.names import patterns
 from mapdsl.emit.expressions import local, pattern_code, python, wildcard
-from mapdsl.emit.layout import INDENT, Bracketed, Code, breakable, call, lines, listed
+from mapdsl.emit.layout import INDENT, Bracketed, Code, breakable, call, lines
 from mapdsl.language import tree
 from mapdsl.language.rewrite import rewrite
 
@@ -30,10 +30,6 @@ class WildHead:
     emitter: RuleEmitter
     narrow: tuple[list[Code], list[Code]] = field(default_factory=lambda: ([], []))
     guarded: tuple[list[Code], list[Code]] = field(default_factory=lambda: ([], []))
-
-    def narrower(self, side: int) -> list[Code]:
-        """The names of a side that narrower wildcards carry."""
-        return self.narrow[side]
 
     def head(self, template: tree.Template, source: int, depth: int) -> tuple[list[str], int]:
         """The loop over the names that a template with wildcards, or an open index, fits; and the depth inside."""
@@ -143,6 +139,3 @@ def _tuple(items: list[Code]) -> Bracketed:
 
 def _with_comma(item: Code) -> Code:
     return f"{item}," if isinstance(item, str) else replace(item, after=f"{item.after},")
-
-
-__all__ = ["WildHead", "listed", "offset_of"]

@@ -96,7 +96,9 @@ class Put:
                 raise ConversionError("R603", f"a wildcard would carry a tensor over to {name}, a name of another rule")
 
     def full(self, name: str, shape: tuple[int, ...], value: float, stored: Alternatives = AS_IS) -> None:
-        """Put a constant tensor, in the dtype that it was found in."""
+        """Put a constant tensor, in the dtype that it was found in; one without elements only if it was found."""
+        if 0 in shape and name not in self.entries:
+            return
         dtype = self._found_dtype(name, stored) or self.dtype
         self(name, torch.full(shape, value, dtype=dtype, device=self._device), self._unread(name, stored))
 

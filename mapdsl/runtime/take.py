@@ -144,7 +144,9 @@ class Take(StoredForms):
         """A tensor of the group at hand, decoded and checked against the shape of its operand."""
         member = self._members[name]
         codec = self._alternative(name, member.stored)
-        self._last = None if member.stored is AS_IS else RAW.name if self._mixed else codec.name
+        if member.stored is not AS_IS:
+            self._mixed |= self._last not in (None, codec.name)
+            self._last = RAW.name if self._mixed else codec.name
         if member.moved is not None:
             assert codec is member.moved  # `_move_undecoded` has looked at all
             parts = {part: self._take(part) for part in codec.names(name)}
@@ -258,7 +260,10 @@ class Take(StoredForms):
 
     @property
     def last(self) -> str | None:
-        """The alternative that the tensor taken last was stored in; None where it has but one way to be stored."""
+        """The alternative that the group taken last was stored in, `raw` where its tensors were in several.
+
+        None where they have but one way to be stored.
+        """
         return self._last
 
     def finish(self) -> None:
@@ -286,6 +291,7 @@ class Take(StoredForms):
             name: Member(names[0], stored, shape, sizes, into) for names, shape, stored in operands for name in names
         }
         self._shapes = {}
+        self._last = None
         self._firsts = [names[0] for names, _, _ in operands if names]
         members = self._members
         missing = [name for name, of in members.items() if name not in self and not self._elsewhere(name, of.stored)]

@@ -20,7 +20,7 @@ from mapdsl.runtime.sizes import SizeError, axis_sizes, shape_of
 from mapdsl.testing.bits import FLOATS, finite, ordinary, random_bits
 from mapdsl.testing.configs import EVEN_SIZES, SIZES, ContradictionError, value_of
 from mapdsl.testing.finishing import make_copies, make_ties, respell
-from mapdsl.testing.formats import Formats, cast_dtype, fits, packs, runtime_codec
+from mapdsl.testing.formats import Formats, cast_dtype, fits, holds_raw, packs, runtime_codec
 from mapdsl.testing.readers import Readers
 from mapdsl.testing.states import Group, Logical, State, wild_values
 
@@ -188,7 +188,9 @@ class Drawer:
         repeated = bool(self.expansion.checked.layouts[match.rule].repeated)
         across = [self.expansion.codecs(t) for t in (rule.right if side == "left" else rule.left)]
         moved_as_stored = any(across) and any(self.expansion.codecs(tensor) for tensor in rule.side(side))
-        favourite, mixed = self.rng.random(), not (repeated or moved_as_stored) and self.rng.random() < 0.3
+        # What may be moved as it is stored may be mixed where the other side takes it decoded.
+        alike = repeated or (moved_as_stored and not (side == "left" and all(map(holds_raw, across))))
+        favourite, mixed = self.rng.random(), not alike and self.rng.random() < 0.3
         for named in self.expansion.names(match, side):
             codecs = self.expansion.codecs(rule.side(side)[named.place])
             shape = self._shape(match.rule, side, named.place, sizes, codecs)

@@ -9,6 +9,7 @@ import torch
 
 from mapdsl.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from mapdsl.compiler.codecs import AnyCodec
+from mapdsl.compiler.ir import QUANTISED
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.block_scaled import BlockScaled
 from mapdsl.runtime.codecs.group_int import GroupInt
@@ -33,10 +34,23 @@ class Formats:
 
     @property
     def undecoded(self) -> AnyCodec | None:
-        """The format in which the tensors move as they are stored: one that both sides have."""
+        """The format in which the tensors move as they are stored: one that both sides have.
+
+        Of several formats the other side takes the decoded tensors, as they are where it may.
+        """
         first = next(iter(self.chosen), None)
-        shared = all(codec == first for codec in self.chosen) and all(first in codecs for codecs in self.across)
-        return first if shared and self.across else None
+        if not self.across or any(codec != first for codec in self.chosen):
+            return self._taken_decoded
+        return first if all(first in codecs for codecs in self.across) else None
+
+    @property
+    def _taken_decoded(self) -> AnyCodec | None:
+        """`raw`, if the other side stores what is read in several formats so."""
+        if self.side != "left" or not self.across or not all(holds_raw(codecs) for codecs in self.across):
+            return None
+        if any(codec is None or codec.kind not in ("raw", *QUANTISED) for codec in self.chosen):
+            return None
+        return next(codec for codec in self.across[0] if codec.kind == "raw")
 
     @property
     def unpacked(self) -> bool:
