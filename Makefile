@@ -13,9 +13,10 @@ demo: $(STAMP)
 test: $(STAMP) lint types check-maps
 	$(BIN)/python -m pytest -q -n 2 -m "not heavy"
 
-# Differential tests against installed peers (NeMo Automodel, transformers, compressed-tensors).
+# Differential tests against installed peers: NeMo Automodel, transformers, compressed-tensors, torchao, DeepSpeed.
 heavy: $(PEERS)
 	$(BIN)/python -m pytest -q -n 2 -m heavy
+	MAPDSL_KERNELS=compiled $(BIN)/python -m pytest -q -n 2 -m "not heavy" $(wildcard tests/test_codecs_*.py)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -37,8 +38,10 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 $(PEERS): $(STAMP) constraints.txt
-	$(BIN)/python -m pip install -q -c constraints.txt transformers pillow compressed-tensors
+	$(BIN)/python -m pip install -q -c constraints.txt transformers pillow compressed-tensors torchao
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt nemo-automodel
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools einops hjson msgpack ninja psutil py-cpuinfo pydantic
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-deps --no-build-isolation -c constraints.txt deepspeed
 	touch $@
 
 clean:

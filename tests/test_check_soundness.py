@@ -123,6 +123,12 @@ SCALED = 'codec c = block_scaled(f8e4m3, block=1x32, payload="{key}_p", scale="{
             "K290",
             "is an accepted spelling read by another rule too? ",
         ),
+        (  # two rules meet only where the index table holds 0 twice, which is refused when the config is read
+            "param X = t\nparam A = positions(X, 0)\nparam B = t\nindex a < len(A)\nindex b < len(B)\n"
+            "x.{B[b]} <-> y.{b}\nx.{A[a]} <-> z.{a} where a not in B\n",
+            "K290",
+            "two rules read the same tensor? ",
+        ),
     ],
 )
 def test_refused(text: str, code: str, message: str) -> None:

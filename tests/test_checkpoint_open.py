@@ -66,6 +66,13 @@ def test_folder_without_index(tmp_path: Path) -> None:
     assert checkpoint.config is None
 
 
+def test_hidden_files_are_no_weights(tmp_path: Path) -> None:
+    shard(tmp_path, "model.safetensors", "a")
+    for name in ("._model.safetensors", "._model.safetensors.index.json", ".other.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    assert open_checkpoint(tmp_path).files == ("model.safetensors",)
+
+
 def test_single_file_takes_the_config_beside_it_and_nothing_else(tmp_path: Path) -> None:
     shard(tmp_path, "model.safetensors", "a")
     (tmp_path / "config.json").write_text("{}")

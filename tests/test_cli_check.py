@@ -151,6 +151,16 @@ def test_against_a_checkpoint_of_another_model(folder: Path, capsys: pytest.Capt
     assert "error[C502]: a.0, a.1 are missing\n" in shown
 
 
+def test_against_sizes_that_another_tensor_tells(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "heads.map").write_text("map heads: hf <-> native\na [(h c) d] + b [c d] <-> x [h c d] + y [c d]\n")
+    (folder / "names.list").write_text("a F32 12,3\nb F32 4,3\n")
+    assert main(["check", "heads.map", "--against", "names.list"]) == 0
+    capsys.readouterr()
+    (folder / "names.list").write_text("a F32 14,3\nb F32 4,3\n")
+    assert main(["check", "heads.map", "--against", "names.list"]) == 1
+    assert "error[X305]: a: 14 does not divide by 4: [(h c) d] against [14, 3] with c=4" in capsys.readouterr().out
+
+
 def test_against_dtypes_that_cannot_be_laid_into_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "stack.map").write_text("map stack: hf <-> native\nindex e < 3\ne.{e} [x y] <-> all [e x y]\n")
     (folder / "renames.map").write_text("map renames: hf <-> native\nindex e < 3\ne.{e} [x y] <-> r.{e} [x y]\n")

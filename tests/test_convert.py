@@ -90,6 +90,9 @@ def test_other_files_and_the_config_are_carried_over(tmp_path):
     source = write_tiny(tmp_path / "source")
     (source / "inference").mkdir()
     (source / "consolidated.pth").write_bytes(b"")
+    (source / ".cache").mkdir()
+    for hidden in (".gitattributes", "._config.json", "._model-00001-of-00002.safetensors"):
+        (source / hidden).write_bytes(b"hidden")
     done = mapdsl.convert(source, tmp_path / "there", MAP)
     there = tmp_path / "there"
     assert {path.name for path in there.iterdir()} == {"tokenizer.json", "config.json", "model.safetensors", SIDE_FILE}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -180,6 +181,24 @@ def test_a_wrong_shape(tmp_path):
     assert (found.code, found.subject) == ("R606", str(source / "model.safetensors"))
     assert "norm.weight" in found.message
     assert "255" in found.message
+    assert found.help.endswith(f"mapdsl check {MAP.source.path} --against {source}")
+
+
+def test_the_command_that_lists_all_is_given_with_its_options(tmp_path):
+    file, source = renames(tmp_path)
+    (source / "config.json").rename(tmp_path / "own.json")
+    found = refused(source, tmp_path / "out", file, to="new", config=tmp_path / "own.json", params={"N": 4})
+    assert found.code == "R605"
+    words = shlex.split(found.help.partition("listed by: ")[2])
+    assert words[:2] == ["mapdsl", "check"]
+    assert main(words[1:]) == 1
+    there = renames_converted(tmp_path, file, source)
+    assert "listed by" not in refused(there, tmp_path / "out", file, to="old", params={"N": 4}).help
+
+
+def renames_converted(tmp_path: Path, file: Path, source: Path) -> Path:
+    mapdsl.convert(source, tmp_path / "there", file, config=tmp_path / "own.json", use_complement=False)
+    return tmp_path / "there"
 
 
 def test_a_scale_of_the_wrong_shape(tmp_path):

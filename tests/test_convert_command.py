@@ -17,6 +17,7 @@ from mapdsl.checkpoint.sidecar import SIDE_FILE
 from mapdsl.cli import demo
 from mapdsl.cli.convert import human
 from mapdsl.cli.main import main
+from mapdsl.language.diagnostics import error
 
 
 def test_convert_tells_what_it_did(tmp_path, capsys):
@@ -157,6 +158,12 @@ def test_the_demo_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert str(tmp_path) in capsys.readouterr().out
 
 
+def test_without_numpy_nothing_is_said_of_it(tmp_path):
+    code = "import sys; sys.modules['numpy'] = None; from mapdsl.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, "demo"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("spoil", ["byte", "length", "gone", "more"])
 def test_the_demo_fails_where_a_byte_differs(spoil, tmp_path, monkeypatch, capsys):
     convert = demo._convert
@@ -186,6 +193,17 @@ def test_the_demo_fails_where_a_byte_differs(spoil, tmp_path, monkeypatch, capsy
 def test_the_demo_writes_into_no_folder_that_is_there(tmp_path, capsys):
     assert main(["demo", "--keep", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"{tmp_path}: error[C507]: the folder cannot be made: file exists")
+
+
+@pytest.mark.parametrize(("fails", "left"), [("write_release", []), ("convert", [["released"]])])
+def test_the_demo_leaves_no_empty_folder(fails, left, tmp_path, monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise error("C507", "cannot write: no space left on device", subject="disk")
+
+    monkeypatch.setattr("mapdsl.demo.write_release" if not left else "mapdsl.checkpoint.convert.convert", full)
+    assert main(["demo", "--keep", str(tmp_path / "kept")]) == 1
+    assert "no space left" in capsys.readouterr().err
+    assert [sorted(path.name for path in folder.iterdir()) for folder in tmp_path.iterdir()] == left
 
 
 def test_the_demo_release_has_what_is_hard(tmp_path):

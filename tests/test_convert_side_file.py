@@ -246,6 +246,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "no JSON": lambda header: header["__metadata__"].update(record=base64.b64encode(zlib.compress(b"{")).decode()),
     "cut": cut,
     "no entries": lambda header: record_of(header).pop("entries"),
+    "no dtypes": lambda header: record_of(header).pop("decoded"),
     "entries of another kind": lambda header: record_of(header).update(entries=["x"]),
     "no such form": lambda header: record_of(header).update(entries={"norm.weight": [99, 0]}),
     "forms of another kind": lambda header: record_of(header).update(forms=[1] * 9),

@@ -23,8 +23,9 @@ from mapdsl.compiler.names import Pattern, Wildcard, number_holes, patterns, rea
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic, MapError, ordered
 from mapdsl.language.source import Span
+from mapdsl.runtime.codecs.likeness import likeliest
 from mapdsl.runtime.codecs.storage import Storage
-from mapdsl.runtime.sizes import SizeError, axis_sizes
+from mapdsl.runtime.sizes import Sized, SizeError, axis_sizes, joint_sizes
 
 SHOWN = 3
 # A config of another model, or a broken one: no use in listing a million names.
@@ -188,8 +189,14 @@ class _Comparison:
             return
         sizes = self.expansion.sizes(match)
         dtypes: dict[str, str] = {}
+        unsolved: list[Sized] = []
         for named in names:
-            self._tensor(match, rule, named, sizes, dtypes)
+            self._tensor(match, rule, named, sizes, dtypes, unsolved)
+        try:
+            joint_sizes(unsolved, sizes)  # by now the sizes that the others tell are known
+        except SizeError as err:
+            name, _, message = str(err).partition(": ")
+            self._together("X305" if err.code == "X305" else "C503", match.rule, message, [name])
         if len(set(dtypes.values())) > 1 and len(list(self.expansion.names(match, "right"))) == 1:
             self._mixed(match, dtypes)
 
@@ -222,8 +229,19 @@ class _Comparison:
                 what = f"has dtype {dtype}, expected {usual} as in the rest of its group"
                 self._together("C504", match.rule, what, [name])
 
-    def _tensor(self, match: Match, rule: ir.Rule, named: Named, sizes: dict[str, int], dtypes: dict[str, str]) -> None:
-        """Hold one tensor against its rule and take it; the dtype of one that is stored as it is goes to `dtypes`."""
+    def _tensor(
+        self,
+        match: Match,
+        rule: ir.Rule,
+        named: Named,
+        sizes: dict[str, int],
+        dtypes: dict[str, str],
+        unsolved: list[Sized],
+    ) -> None:
+        """Hold one tensor against its rule and take it.
+
+        The dtype of one that is stored as it is goes to `dtypes`, one whose sizes others must tell to `unsolved`.
+        """
         codec = self._format(match, rule, named)
         if codec is None:
             return
@@ -236,7 +254,10 @@ class _Comparison:
             try:
                 sizes |= axis_sizes(pattern, logical, sizes)
             except SizeError as err:
-                self._together("X305" if err.code == "X305" else "C503", match.rule, str(err), [named.name])
+                if err.code == "X304":
+                    unsolved.append(Sized(named.name, pattern, logical))
+                else:
+                    self._together("X305" if err.code == "X305" else "C503", match.rule, str(err), [named.name])
         for stored in codec.stored(named.name, logical):
             tensor = self.left[stored.name]
             if stored.shape is not None and tensor.shape != stored.shape:
@@ -251,18 +272,15 @@ class _Comparison:
     def _format(self, match: Match, rule: ir.Rule, named: Named) -> AnyCodec | None:
         """The alternative that a tensor is stored in: by its dtype, with all its companions."""
         codecs = self.expansion.codecs(rule.left[named.place]) or [RAW]
-        claimed: AnyCodec | None = None
-        for codec in codecs:
-            payload, *companions = codec.names(named.name)
-            if codec.kind == "raw" or payload not in self.left or not codec.claims(self.left[payload].dtype):
-                continue
-            if all(name in self.left for name in companions):
-                return codec
-            claimed = claimed or codec
-        if claimed is not None:
-            lacking = [name for name in claimed.names(named.name)[1:] if name not in self.left]
-            self._together("C502", match.rule, f"are missing: the tensor is stored as {claimed.name}", lacking)
-            self._take(claimed.names(named.name)[0], rule, "")
+        claims = [codec for codec in codecs if codec.kind != "raw" and self._claims(codec, named.name)]
+        whole = [codec for codec in claims if all(name in self.left for name in codec.names(named.name))]
+        if whole:
+            return whole[likeliest(named.name, whole, lambda name: (self.left[name].dtype, self.left[name].shape))]
+        if claims:
+            payload, *companions = claims[0].names(named.name)
+            lacking = [name for name in companions if name not in self.left]
+            self._together("C502", match.rule, f"are missing: the tensor is stored as {claims[0].name}", lacking)
+            self._take(payload, rule, "")
             return None
         raw = next((codec for codec in codecs if codec.kind == "raw"), None)
         beside = [name for codec in codecs for name in codec.names(named.name)[1:] if name in self.left]
@@ -275,6 +293,10 @@ class _Comparison:
         for name in (payload, *beside):
             self.left.pop(name, None)
         return None
+
+    def _claims(self, codec: AnyCodec, name: str) -> bool:
+        payload = codec.names(name)[0]
+        return payload in self.left and codec.claims(self.left[payload].dtype)
 
     def _take(self, name: str, rule: ir.Rule, codec: str) -> None:
         if self.left.pop(name, None) is None:

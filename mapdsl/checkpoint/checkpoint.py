@@ -114,7 +114,8 @@ class _Gathered:
 
 def _open_folder(folder: Path) -> Checkpoint:
     try:
-        names = sorted(os.listdir(folder), key=natural_key)
+        # Names with a leading dot are no files of the checkpoint: macOS leaves a `._NAME` beside each file, for one.
+        names = sorted((name for name in os.listdir(folder) if not name.startswith(".")), key=natural_key)
     except OSError as problem:
         raise bad_file(folder, f"cannot read the folder: {reason(problem)}") from problem
     for suffix, single in ((".safetensors", None), (".bin", "pytorch_model.bin")):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -33,6 +34,8 @@ _HELP = {
     "R607": "convert without the side file (--no-complement): scales are then computed anew",
     "N115": "give the config of the stored side with --config, or the param with --param",
 }
+# What `mapdsl check --against` looks for: names and sizes.
+_LISTED = ("R603", "R605", "R606", "X305")
 
 
 def _meaning(file: tree.File) -> str:
@@ -221,13 +224,29 @@ def make_plan(request: Request, *, to_right: bool) -> Plan:
     state = Window(request.checkpoint, device="meta")
     if side is not None:
         side.is_meta = True
-    run_plan(plan, state, sink, read_back, side if side is not None else Forgetful())
+    try:
+        run_plan(plan, state, sink, read_back, side if side is not None else Forgetful())
+    except MapError as problem:
+        if not to_right:
+            raise
+        raise _with_overview(problem, request) from None
     plan.entries = [(name, dtype, shape) for name, (dtype, shape) in made.items()]
     plan.dropped = [name for name in request.checkpoint.tensors if name not in state.asked]
     if side is not None:
         _restore_layout(plan, side)
         side.is_meta = False
     return plan
+
+
+def _with_overview(problem: MapError, request: Request) -> MapError:
+    """The error with the command that lists, at once, all of the checkpoint that the map does not fit."""
+    if problem.diagnostics[-1].code not in _LISTED:
+        return problem
+    words = ["mapdsl", "check", request.map.source.path, "--against", str(request.checkpoint.path)]
+    words += ["--config", str(request.config)] if isinstance(request.config, Path) else []
+    for name, value in request.params.items():
+        words += ["--param", f"{name}={json.dumps(value, default=str)}"]
+    return _noted(problem, f"all that does not fit is listed by: {shlex.join(words)}")
 
 
 def run_plan(

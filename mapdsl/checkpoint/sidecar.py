@@ -227,7 +227,7 @@ class SideFile(MutableMapping[str, Entry]):
             self.layout = self.origin.layout
             self.found = {str(name): bool(answer) for name, answer in record["found"].items()}
             self.spelled = {str(new): str(old) for new, old in record["spelled"].items()}
-            self.decoded = {str(name): torch_dtype(word) for name, word in record.get("decoded", {}).items()}
+            self.decoded = {str(name): torch_dtype(word) for name, word in record["decoded"].items()}
             self._forms: list[dict[str, Any]] = [dict(form) for form in record["forms"]]
             self._entries = {name: (self._forms[form], int(check)) for name, (form, check) in record["entries"].items()}
             self._stored = {str(name): int(check) for name, check in record["stored"].items()}

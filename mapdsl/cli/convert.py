@@ -22,14 +22,17 @@ def add_parser(subparsers: Any) -> None:
         help="convert a checkpoint",
         description="Convert a safetensors checkpoint from one side of a map to the other, into a new folder. "
         "What a conversion to the right side loses is kept there in mapdsl.complement, so that the way back gives the "
-        "same files, byte for byte. Nothing is overwritten, and nothing half-written is left behind.",
+        "same files, byte for byte. Other files beside the weights are copied, but for hidden ones and sub-folders. "
+        "Nothing is overwritten, and nothing half-written is left behind.",
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="a folder, an index or a .safetensors file")
     parser.add_argument("destination", metavar="DST", help="the folder to make")
     parser.add_argument("--map", metavar="MAP", required=True, help=FILE_HELP)
     parser.add_argument("--to", metavar="SIDE", help="the side to go to; by default the one that SRC is not")
-    parser.add_argument("--dtype", choices=("bf16", "f32", "f16"), help="of decoded tensors (bf16)")
+    dtype = "to the right side: of the tensors that are decoded there (bf16); the others keep their own. To the left "
+    dtype += "side it is refused: tensors are encoded as they were, in the map's formats, or not at all"
+    parser.add_argument("--dtype", choices=("bf16", "f32", "f16"), help=dtype)
     quantize = "write the stored side in the map's formats although there is no side file to say which"
     parser.add_argument("--quantize", action="store_true", help=quantize)
     add_config(parser)

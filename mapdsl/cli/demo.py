@@ -50,7 +50,11 @@ def _folder(keep: str | None) -> Iterator[Path]:
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or str(problem)
         raise error("C507", f"the folder cannot be made: {reason.lower()}", subject=keep) from None
-    yield Path(keep)
+    try:
+        yield Path(keep)
+    finally:
+        with contextlib.suppress(OSError):
+            Path(keep).rmdir()  # which it is only while empty, where something failed before the first checkpoint
 
 
 def _tell(folder: Path, *, keep: bool) -> int:

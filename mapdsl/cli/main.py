@@ -6,6 +6,7 @@ import argparse
 import atexit
 import gc
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.set_threshold(50_000, 20, 20)
     # Nor need anybody look for garbage in what goes with the process.
     atexit.register(gc.freeze)
+    # torch says so wherever numpy is not installed, and nothing here needs it.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     prepare()
     try:
         return _run(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from mapdsl.compiler import ir
@@ -19,6 +20,7 @@ from mapdsl.compiler.solvable import check_fit, check_sizes
 from mapdsl.compiler.templates import check_templates
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic, MapError, has_errors, ordered
+from mapdsl.runtime.codecs.likeness import look_alike
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,13 @@ class _Checker:
         return codecs
 
     def _look_alikes(self, codecs: dict[str, AnyCodec]) -> None:
-        """Alternatives are told apart by the payload's dtype and the companions' names."""
+        """Alternatives are told apart by the names, dtypes and shapes of payload and companions."""
         for rule in self.map.rules:
             for tensor in (*rule.left, *rule.right):
-                looks: dict[object, str] = {}
-                for spec in tensor.codecs:
-                    codec = codecs[codec_key(spec)]
-                    look = (codec.payload_dtypes, codec.companions, codec.payload)
-                    if look in looks:
-                        message = f"`{looks[look]}` and `{spec.name}` look the same in a checkpoint"
+                for first, second in itertools.combinations(tensor.codecs, 2):
+                    if look_alike(codecs[codec_key(first)], codecs[codec_key(second)]):
+                        message = f"`{first.name}` and `{second.name}` look the same in a checkpoint"
                         self.found.append(Diagnostic("D407", message, (tensor.span,)))
-                    looks[look] = spec.name
 
     # --- single rules ---
 

@@ -84,6 +84,11 @@ def _block_scaled(spec: ir.CodecSpec) -> BlockStorage:
     powers = bool(scale_dtypes) and set(scale_dtypes) <= set(POWERS)
     if options.flag("inverse") and set(scale_dtypes) & set(POWERS):
         raise options.error("N113", "scales that are powers of two are not inverse")
+    if not options.flag("squeeze"):
+        options.refuse("scale_dims", "scales that are not squeezed")
+    if not global_scale:
+        for name in ("global_dims", "global_inverse"):
+            options.refuse(name, "a codec without a global scale")
     return BlockStorage(
         spec.name,
         element=element,
@@ -91,12 +96,13 @@ def _block_scaled(spec: ir.CodecSpec) -> BlockStorage:
         scale=options.template("scale", "{stem}.scale"),
         scale_dtypes=scale_dtypes,
         squeeze=options.flag("squeeze"),
+        scale_dims=options.number("scale_dims", 0, 0, 8),
         packed=options.word("packed", ("i8", "u8"), "i8"),
         payload=options.template("payload", "{key}"),
         blocks=blocks,
         inverse=options.flag("inverse"),
         global_scale=global_scale,
-        global_dims=options.number("global_dims", 0, 0, 8) if global_scale else 0,
+        global_dims=options.number("global_dims", 0, 0, 8),
         global_inverse=options.flag("global_inverse"),
         rule=options.word("rule", ("up", "down", "even"), "up") if powers else "up",
     )
@@ -158,6 +164,7 @@ BLOCK_SCALED = (
     "scale",
     "scale_dtype",
     "squeeze",
+    "scale_dims",
     "packed",
     "payload",
     "pack",

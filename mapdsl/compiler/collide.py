@@ -56,22 +56,9 @@ def scope_of(resolved: ir.Map) -> Scope:
     for name, index in resolved.indices.items():
         indices[name] = (index.lower, index.upper)
         indices[name + PRIME] = tuple(None if b is None else rename(b, primed) for b in indices[name])  # type: ignore
-    return Scope({name: param.value for name, param in resolved.params.items()}, indices, _tables(resolved))
-
-
-def _tables(resolved: ir.Map) -> frozenset[str]:
-    """List params that stand in names as index tables, `{A[a]}`: their values are seen to be distinct at run time.
-
-    Only those that are fields of the config: of a list that is computed from one, that one may well repeat.
-    """
-    found = set()
-    for name in index_tables(resolved):
-        value = resolved.params[name].value
-        options = value.options if isinstance(value, tree.Default) else (value,)
-        others = resolved.params.keys() - {name}
-        if all(isinstance(option, tree.Name) and option.path not in others for option in options):
-            found.add(name)
-    return frozenset(found)
+    # The values of index tables, `{A[a]}`, are seen to be distinct at run time.
+    params = {name: param.value for name, param in resolved.params.items()}
+    return Scope(params, indices, frozenset(index_tables(resolved)))
 
 
 def entries(resolved: ir.Map, codecs: dict[str, AnyCodec], side: str) -> list[Entry]:

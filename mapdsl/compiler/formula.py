@@ -157,7 +157,7 @@ class _Query:
             if outside := violated_range(self.symbols, model):
                 # What is left is a string where numbers are spoken of: a last resort.
                 stack.insert(0, _Branch((outside,), branch))
-            elif law := violated_law(self.scope, branch.applications, model, self.budget):
+            elif law := violated_law(self.scope, self.symbols, branch.applications, model, self.budget):
                 stack.append(_Branch((law,), branch))
             else:
                 yield model

@@ -31,6 +31,9 @@ class Grade:
 
 BIT = Grade("bit")
 
+# Changes of value, in either direction.
+_ROUNDED = {"add": "sums and differences are rounded", "neg_exp": "exponentials and logarithms are rounded"}
+
 
 @dataclass(frozen=True)
 class RuleLaw:
@@ -121,14 +124,18 @@ def _decoded(codec: ir.CodecSpec, with_complement: bool) -> Grade:
     """Decode, then encode."""
     if codec.kind == "raw":
         return BIT
-    if codec.kind == "cast":
+    if codec.kind == "cast" and codec.name in ir.WIDE_CASTS:
         # To bf16 or f32 and back: a dtype that both hold exactly comes back.
         return BIT if codec.name == "bf16" else Grade("lossy", f"{codec.name} to a narrower dtype")
-    if with_complement:
+    if with_complement or codec.name == "f8e4m3":
         return BIT
+    if codec.name == "f8e5m2":
+        return Grade("value", "of f8e5m2's NaNs one of each sign is written")
     if parse_codec(codec).read_only:
         return Grade("none", f"{codec.name} can be read, not written", "D406")
-    return Grade("lossy", f"{codec.name}: scales are found anew" if codec.kind in ir.QUANTISED else codec.name)
+    return Grade(
+        "lossy", f"{codec.name}: scales are found anew" if codec.kind in ir.QUANTISED else _ROUNDED[codec.kind]
+    )
 
 
 def _encoded(codec: ir.CodecSpec) -> Grade:
@@ -139,7 +146,7 @@ def _encoded(codec: ir.CodecSpec) -> Grade:
         return BIT
     if parse_codec(codec).read_only:
         return Grade("none", f"{codec.name} can be read, not written", "D406")
-    return Grade("lossy", f"rounded to {codec.name}")
+    return Grade("lossy", _ROUNDED.get(codec.kind, f"rounded to {codec.name}"))
 
 
 def check_laws(resolved: ir.Map, layouts: Sequence[Layout]) -> list[Diagnostic]:

@@ -19,16 +19,16 @@ def violated_range(symbols: Symbols, model: Mapping[str, int]) -> Formula | None
 
 
 def violated_law(
-    scope: Scope, applications: Sequence[Application], model: Mapping[str, int], budget: Budget
+    scope: Scope, symbols: Symbols, applications: Sequence[Application], model: Mapping[str, int], budget: Budget
 ) -> Formula | None:
     """A law of functions that these applications break under the model, or None."""
-    distinct = scope.distinct_fields()
+    distinct = _distinct_lists(scope, symbols, model)
     by_function: dict[tuple[str, ...], list[Application]] = {}
     for application in dict.fromkeys(applications):
         by_function.setdefault(application.function, []).append(application)
         kind, name, *_ = (*application.function, "")
         if kind == "list" and name in distinct and model.get(application.value, 0) < 0:
-            return at_least(_value(application), 0)
+            return Disjunction((at_least(_value(application), 0), *distinct[name]))
         if kind == "positions" and model.get(application.value, 0) < application.arguments[0].value(model):
             return at_least(_value(application), application.arguments[0])  # as many stand before it
     for function, group in by_function.items():
@@ -46,7 +46,7 @@ def violated_law(
             if law is None and function[0] == "positions":
                 law = _increasing(first, second, model)
             if law is None and function[0] == "list" and function[1] in distinct:
-                law = _distinct(first, second, model)
+                law = _distinct(first, second, model, distinct[function[1]])
             if law is not None:
                 return law
     return None
@@ -64,12 +64,24 @@ def _congruence(first: Application, second: Application, model: Mapping[str, int
     return Disjunction((same, *differs))
 
 
-def _distinct(first: Application, second: Application, model: Mapping[str, int]) -> Formula | None:
+def _distinct_lists(scope: Scope, symbols: Symbols, model: Mapping[str, int]) -> dict[str, list[Formula]]:
+    """The fields that are index tables under the model, with what else may hold: that another one goes before."""
+    found: dict[str, list[Formula]] = {}
+    for name, earlier in scope.distinct_fields().items():
+        presences = [symbols.variables.get(("present", field)) for field in earlier]
+        if all(presence is not None and model.get(presence, 0) == 0 for presence in presences):
+            found[name] = [equal(Linear.variable(presence), 1) for presence in presences if presence is not None]
+    return found
+
+
+def _distinct(
+    first: Application, second: Application, model: Mapping[str, int], otherwise: Sequence[Formula]
+) -> Formula | None:
     """Different positions hold different values."""
     (a,), (b,) = first.arguments, second.arguments
     if a.value(model) == b.value(model) or model.get(first.value, 0) != model.get(second.value, 0):
         return None
-    return Disjunction((equal(a, b), *_apart(_value(first), _value(second))))
+    return Disjunction((equal(a, b), *_apart(_value(first), _value(second)), *otherwise))
 
 
 def _is_member(element: Application, member: Application, model: Mapping[str, int]) -> Formula | None:

@@ -9,7 +9,9 @@ from typing import NamedTuple, Union
 from mapdsl.compiler.arithmetic import Constraint, Linear, at_least
 from mapdsl.compiler.evaluation import rename
 from mapdsl.compiler.ir import names_in
-from mapdsl.language.tree import Expr
+from mapdsl.language.node import Node
+from mapdsl.language.rewrite import rewrite
+from mapdsl.language.tree import Default, Expr, Name
 
 FIELD = "field "  # marks a config field inside of a param's definition, where it may be called as an index is
 FIRST_STRING = -(1 << 60)
@@ -71,10 +73,47 @@ class Scope:
             self.memo[key] = rename(expr, {name: FIELD + name for name in fields})
         return self.memo[key]  # type: ignore[return-value]
 
-    def distinct_fields(self) -> frozenset[str]:
-        """The config fields that hold the lists of `distinct`."""
-        names = (name for param in self.distinct for name in names_in(self.definition(param)))
-        return frozenset(name.removeprefix(FIELD) for name in names)
+    def distinct_fields(self) -> dict[str, tuple[str, ...]]:
+        """The config fields that hold the lists of `distinct`, each with the fields that must be absent for that.
+
+        Of `a ?? b` the values of `b` do not repeat where there is no `a`; where there is one, `b` may be any list.
+        """
+        found: dict[str, tuple[str, ...]] = {}
+        for param in sorted(self.distinct):
+            fields, _ = self._lists(self.definition(param))
+            for place, name in enumerate(fields):
+                found[name] = min(found.get(name, tuple(fields)), tuple(fields[:place]), key=len)
+        return found
+
+    def _lists(self, expr: Expr) -> tuple[list[str], bool]:
+        """The fields that a list is, in the order in which they are asked for; whether there may be more behind."""
+        match expr:
+            case Name(path=path) if self.is_param(path):
+                return self._lists(self.definition(path))
+            case Name(path=path):
+                return [path.removeprefix(FIELD)], True
+            case Default(options=options):
+                fields: list[str] = []
+                for option in options:
+                    more, goes_on = self._lists(option)
+                    fields += more
+                    if not goes_on:
+                        return fields, False
+                return fields, True
+        return [], False  # a literal is always there, and what is computed holds values of its own
+
+    def aliased(self, expr: Expr) -> Expr:
+        """The expression with params that are but other names (`param X = layer_types`) replaced by what they name."""
+
+        def change(node: Node) -> Node:
+            while isinstance(node, Name) and self.is_param(node.path):
+                definition = self.definition(node.path)
+                if not isinstance(definition, Name):
+                    break
+                node = definition
+            return node
+
+        return rewrite(expr, change)
 
     def is_param(self, name: str) -> bool:
         """A param, and no index of this name?"""

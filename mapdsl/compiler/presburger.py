@@ -315,14 +315,14 @@ class Translator:
                 cases = [(c, self._element(option, index, as_number)) for c, option in self._cases(options)]
                 return self._choice(("element", items, index), cases)
             case tree.Call(function="positions", arguments=(source, sought)):
-                value, application = self._apply(("positions", show(items)), (index,))
+                value, application = self._apply(("positions", self._list_name(items)), (index,))
                 self._relax(items)
                 count = self._length(items)
                 found = compared("==", self._element(source, value), self.term(sought))
                 return Term(value, (*count.sides, *within(index, count.linear), application, found))
             case tree.Lookup(value=outer, index=outer_index):
                 position = self.term(outer_index, True)
-                value, application = self._apply(("lists", show(outer)), (position.linear, index))
+                value, application = self._apply(("lists", self._list_name(outer)), (position.linear, index))
                 self._relax(items)
                 return Term(value, (*position.sides, at_least(index, 0), application))
             case _:
@@ -350,9 +350,7 @@ class Translator:
                 return Term(length, (at_least(length, 0),))
 
     def _list_name(self, items: Expr) -> str:
-        while isinstance(items, tree.Name) and self.scope.is_param(items.path):
-            items = self.scope.definition(items.path)
-        return show(items).removeprefix(FIELD)
+        return show(self.scope.aliased(items)).removeprefix(FIELD)
 
     def _list_is_there(self, items: Expr) -> tuple[Formula, ...]:
         if isinstance(items, tree.Name) and items.path not in self.scope.indices:
@@ -373,7 +371,7 @@ class Translator:
 
     def _foreign(self, expr: Expr) -> Linear:
         self._relax(expr)
-        return self._variable("foreign", expr)
+        return self._variable("foreign", self.scope.aliased(expr))
 
     def _foreign_truth(self, expr: Expr, positive: bool) -> Formula:
         return equal(self._foreign(expr), int(positive))

@@ -16,14 +16,29 @@ from mapdsl.runtime.sizes import unsolved_axes
 def check_sizes(rule: ir.Rule, layout: Layout, resolved: ir.Map) -> list[Diagnostic]:
     """X304 for every axis whose size cannot be found in one direction; N118 for an axis that is no size."""
     found = _dependent_ranges(rule, layout, resolved)
-    if layout.pieces:
-        for source, name in enumerate((resolved.left, resolved.right)):
-            patterns = [size_pattern(shape) for shape in layout.shapes[source] if shape is not None]
-            for axis in sorted(unsolved_axes(patterns, known_axes(rule, resolved))):
-                message = f"the size of `{axis}` does not follow from the `{name}` tensors"
-                hint = f"declare it: `param {axis} = ...`, or give it a dimension of its own"
-                found.append(Diagnostic("X304", message, (rule.span,), help=hint))
+    known = known_axes(rule, resolved)
+    for source, name in enumerate((resolved.left, resolved.right)):
+        patterns = [[size_pattern(shape) for shape in layout.shapes[source] if shape is not None]]
+        if not layout.pieces:
+            patterns = [[pattern] for pattern in _held_against(rule, layout, source)]
+        for axis in sorted({axis for group in patterns for axis in unsolved_axes(group, known)}):
+            message = f"the size of `{axis}` does not follow from the `{name}` tensors"
+            hint = f"declare it: `param {axis} = ...`, or give it a dimension of its own"
+            found.append(Diagnostic("X304", message, (rule.span,), help=hint))
     return found
+
+
+def _held_against(rule: ir.Rule, layout: Layout, source: int) -> list[str]:
+    """Shapes that tensors which are not moved are held against, each by itself; told of one side of a rename.
+
+    A number that fills a tensor needs every size of it, which is seen to where it is made.
+    """
+    if rule.arrow != "<->" or (source == 1 and rule.left):
+        return []
+    if rule.value is not None and isinstance(rule.value.content, tree.Number):
+        return []
+    shapes = [shape for shape in layout.shapes[source] if shape is not None]
+    return [size_pattern(s) for s in shapes if not any(isinstance(d, tree.Pad) for d in s.dimensions)]
 
 
 def _dependent_ranges(rule: ir.Rule, layout: Layout, resolved: ir.Map) -> list[Diagnostic]:

@@ -38,11 +38,27 @@ def build_witness(
         params = evaluate_params({name: scope.params[name] for name in mentioned}, values)
         values = {**values, **params, **_index_values(scope, symbols, model)}
         sizes = [value for value in params.values() if isinstance(value, int)]
-        if any(size < 0 for size in sizes) or not all(evaluate(claim, values) is True for claim in claims):
+        if (
+            any(size < 0 for size in sizes)
+            or not _tables_hold(scope, symbols, values)
+            or not all(evaluate(claim, values) is True for claim in claims)
+        ):
             return None
     except EvaluationError:
         return None
     return Witness(values, _shown(scope, claims, values))
+
+
+def _tables_hold(scope: Scope, symbols: Symbols, values: Mapping[str, Any]) -> bool:
+    """Whether index tables hold distinct integers from 0: other configs are refused when they are met."""
+    absent = {key for kind, key in symbols.variables if kind == "present"} - values.keys()
+    for name, earlier in scope.distinct_fields().items():
+        items = values.get(name)
+        if isinstance(items, list) and absent.issuperset(earlier):
+            whole = all(type(item) is int and item >= 0 for item in items)
+            if not whole or len(set(items)) < len(items):
+                return False
+    return True
 
 
 def _index_values(scope: Scope, symbols: Symbols, model: Mapping[str, int]) -> dict[str, int]:
@@ -109,17 +125,21 @@ class _Decoder:
         tables = [table for table in _tables(self.scope) if path in _fields(table.arguments[0], self.scope)]
         for table in tables:
             self._make_true(table, elements, length)
-        filler = _filler(elements.values(), [_literal(table) for table in tables])
-        items = [elements.get(position, filler) for position in range(length)]
+        avoided = [_literal(table) for table in tables]
+        if path in self.scope.distinct_fields():
+            others = (number for number in itertools.count() if number not in [*elements.values(), *avoided])
+            items = [elements[position] if position in elements else next(others) for position in range(length)]
+        else:
+            filler = _filler(elements.values(), avoided)
+            items = [elements.get(position, filler) for position in range(length)]
         return items + [member for member in self._members(path) if member not in items]
 
     def _make_true(self, table: tree.Call, elements: dict[int, Any], length: int) -> None:
         """Let a list hold what is sought so often before each position of a table as the table has positions before."""
-        sought = _literal(table)
-        known = {
-            a.arguments[0].value(self.model): self.model.get(a.value, 0) for a in self._of(("positions", show(table)))
-        }
-        if (count := self.symbols.variables.get(("foreign", table))) is not None:
+        sought, named = _literal(table), self.scope.aliased(table)
+        applications = self._of(("positions", show(named)))
+        known = {a.arguments[0].value(self.model): self.model.get(a.value, 0) for a in applications}
+        if (count := self.symbols.variables.get(("foreign", named))) is not None:
             known.setdefault(self.model.get(count, 0), length)  # as if one more stood behind the end
         before, start = 0, 0
         for number, position in sorted(known.items()):

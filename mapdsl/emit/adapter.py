@@ -96,6 +96,7 @@ class _AdapterEmitter:
                 source=file_name(self.map.file.source.path),
                 digest=hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16],
                 command=self.command,
+                has_unflatten=".unflatten(" in body,
                 imports="\n".join(_imports(body, (left, right) != ("left", "right"))),
                 codecs=codecs,
                 class_name=class_name(self.map.name),

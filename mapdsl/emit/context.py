@@ -8,7 +8,10 @@ from mapdsl.language import tree
 
 
 class Context:
-    """Names in one adapter. `attributes` gives the attribute of each param; `codecs` are those that need a constant."""
+    """Names in one adapter. `attributes` gives the attribute of each param; `codecs` are those that need a constant.
+
+    `positions` are the names of axes that some rule counts, whose local variables are integers.
+    """
 
     def __init__(self, resolved: ir.Map) -> None:
         self.map = resolved
@@ -16,6 +19,8 @@ class Context:
         self.methods = method_names(resolved.left, resolved.right)
         self.attributes = {name: attribute(name, self.methods) for name in resolved.params}
         self.words = {local(word) for word in _words(resolved)}
+        self.positions = set(resolved.indices) | _positions(resolved)
+        self._types: dict[tuple[int, str], str] = {}  # of variables, by the side that is taken from
         self.codecs: dict[str, ir.CodecSpec] = {}
         self.alternatives: dict[tuple[str, ...], str] = {}
         self._constants: set[str] = {"RAW"} | self.words
@@ -42,6 +47,15 @@ class Context:
             self.codecs[name] = codec
             self._constant_of[name] = fresh(name.upper(), self._constants)
         return self._constant_of[name]
+
+    def variable(self, wanted: str, taken: set[str], of_type: str, sources: tuple[int, ...] = (0, 1)) -> str:
+        """A variable's name that one rule has not taken, and that no rule of these directions has for another type.
+
+        All rules of a direction stand in one function, where type checkers want one type of each variable.
+        """
+        name = fresh(wanted, taken, lambda name: all(self._types.get((s, name), of_type) == of_type for s in sources))
+        self._types.update(((source, name), of_type) for source in sources)
+        return name
 
     def constant_named(self, name: str) -> str:
         """The constant of a codec by its `codec_name`."""
@@ -73,6 +87,16 @@ def _words(resolved: ir.Map) -> set[str]:
     for accept in resolved.accepts:
         words |= _holes(accept.old)
     return words
+
+
+def _positions(resolved: ir.Map) -> set[str]:
+    """The axes that stand in a shape, or that copies are told apart by."""
+    found: set[str] = set()
+    for rule in resolved.rules:
+        for tensor in (*rule.left, *rule.right):
+            found |= {axis.name for axis in ir.axes_of(tensor.shape) if axis.name} if tensor.shape else set()
+            found |= {p.name for p in tensor.template.parts if isinstance(p, tree.EnumHole) and p.repeat}
+    return found
 
 
 def _holes(template: tree.Template) -> set[str]:

@@ -97,7 +97,7 @@ def name_code(template: tree.Template, params: Params, spelled: Spellings) -> st
                 # A string within a string literal has the other quotes.
                 pieces.append(f"\0{python(value, params)}\1".replace('"', "'"))
             case tree.WildcardHole(name=wild):
-                pieces.append(f"\0{wildcard(wild or '*')}\1")
+                pieces.append(f"\0{wildcard(wild or '*', spelled)}\1")
         plain = False
     text = "".join(pieces)
     if plain:
@@ -118,9 +118,9 @@ def pattern_code(template: tree.Template, params: Params, spelled: Spellings, nu
     return name_code(tree.Template(tuple(parts), span=template.span), params, spelled)
 
 
-def wildcard(name: str) -> str:
+def wildcard(name: str, spelled: Spellings) -> str:
     """The local variable of a wildcard."""
-    return {"*": "segment", "..": "rest"}.get(name) or local(name)
+    return {"*": "segment", "..": "rest"}.get(name) or spelled.get((name, ())) or local(name)
 
 
 def product(factors: list[str]) -> str:

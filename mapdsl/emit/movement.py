@@ -6,22 +6,18 @@ is written to its place as it comes, so that only the result is held in memory.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from mapdsl.compiler import ir
 from mapdsl.compiler.shapes import Piece, keeps_blocks
 from mapdsl.emit.expressions import difference, local, quoted
 from mapdsl.emit.layout import INDENT, WIDTH, Bracketed, Code, breakable, call, comprehension, fits, flat, lines
-from mapdsl.emit.reserved import fresh
 from mapdsl.emit.rules import RuleEmitter, clause
 from mapdsl.emit.solving import axis_codes, is_simple, mentions, needed
+from mapdsl.emit.variables import Variables
 from mapdsl.emit.views import Run, View, common_runs, cut_dimensions, flattened, view
 from mapdsl.emit.wild import first_position
 from mapdsl.language import tree
-
-# Words of a name that say little about the tensor.
-_PLAIN_WORDS = ("weight", "bias", "kernel")
 
 
 class Movement:
@@ -31,8 +27,8 @@ class Movement:
         self.e = emitter
         self.source, self.target = source, target
         self.here, self.there = emitter.rule.sides[source], emitter.rule.sides[target]
-        self.words = set(emitter.words)
-        self.variables = {side: [self._variable(t, side) for t in emitter.rule.sides[side]] for side in (0, 1)}
+        self.called = Variables(emitter, source)
+        self.variables, self.names = self.called.tensors, self.called.names
 
     def emit(self, depth: int) -> list[str]:
         """The lines of the movement, for each name that its wildcards fit."""
@@ -47,7 +43,7 @@ class Movement:
         return first_position(self.here[0].template, self.e.layout.in_names[self.source], self.e.map.indices)
 
     def _emit(self, depth: int) -> list[str]:
-        if len(self.here) == 1 and not self._absorbed(self.source, 0):
+        if self.called.is_from_one:
             return self._from_one(depth)
         return self._from_group(depth)
 
@@ -128,13 +124,9 @@ class Movement:
 
     def _names(self, number: int, tensor: ir.Tensor, depth: int) -> list[str]:
         """The name of an operand, or a dict of names by the positions of the axes that they absorb."""
-        variable = self.variables[self.source][number]
-        absorbed = self._absorbed(self.source, number)
-        if not absorbed:
-            return lines(self.e.name(tensor), depth, before=f"{variable}_name = ")
-        return lines(
-            self._by_position(absorbed, self.e.name(tensor), self.source), depth, before=f"{variable}_names = "
-        )
+        absorbed, name = self._absorbed(self.source, number), self.e.name(tensor)
+        code = self._by_position(absorbed, name, self.source) if absorbed else name
+        return lines(code, depth, before=f"{self.names[number]} = ")
 
     def _by_position(self, absorbed: list[str], value: Code, side: int) -> Bracketed:
         clauses = [clause(self.e.loop(axis, counted=True, side=side)) for axis in absorbed]
@@ -144,9 +136,8 @@ class Movement:
         """`take.group((NAMES, SHAPE, STORED), ..., SIZES)`."""
         operands: list[Code] = []
         for number, tensor in enumerate(self.here):
-            variable = self.variables[self.source][number]
             many = self._absorbed(self.source, number)
-            names = f"{variable}_names.values()" if many else f"{variable}_name"
+            names = f"{self.names[number]}.values()" if many else self.names[number]
             operands.append(call("", names, quoted(self.e.pattern(shapes[number])), self.e.stored(tensor)))
         return call("take.group", *operands, *self.e.known_sizes(*shapes), self.e.optional(), self._into())
 
@@ -170,10 +161,10 @@ class Movement:
     def _take_all(self, number: int, depth: int) -> list[str]:
         """Take each tensor of one source operand and move its pieces."""
         variable, absorbed = self.variables[self.source][number], self._absorbed(self.source, number)
-        name = f"{variable}_name"
+        name = self.names[number]
         out: list[str] = []
         if absorbed:
-            out.append(f"{INDENT * depth}for {_key(absorbed)}, name in {variable}_names.items():")
+            out.append(f"{INDENT * depth}for {_key(absorbed)}, name in {name}.items():")
             depth, name = depth + 1, "name"
         pieces = [(mine, other) for mine, other in self._all_pieces() if mine.tensor == number]
         if len(pieces) == 1 and self._is_gathered(*pieces[0]):
@@ -208,7 +199,7 @@ class Movement:
             return out + self._put_part(mine, other, self.e.name(tensor), depth)
         whole = self.variables[self.target][number]
         if absorbed:
-            key, part = _key(absorbed), fresh(f"one_{whole}", set(self.words))
+            key, part = _key(absorbed), self.called.view(f"one_{whole}")
             out.append(f"{INDENT * depth}for {key}, {part} in {whole}.items():")
             depth, whole = depth + 1, part
         return out + self._copy(mine, other, whole, name, depth)
@@ -239,7 +230,7 @@ class Movement:
         out: list[str] = []
         if copies := self._copies(mine, other):
             dims = flat(Bracketed("", [*map(str, range(len(copies)))])) if len(copies) > 1 else "(0,)"
-            part = fresh("part", set(self.words))
+            part = self.called.view("part")
             out += self._with_view(from_, lambda v: call("only_copy", v, dims, name), depth, before=f"{part} = ")
             from_ = View(part, ())
         copy = self._is_copy(mine.tensor)
@@ -259,7 +250,7 @@ class Movement:
     def _spelled_out(self, to: View, from_: View, depth: int) -> list[str]:
         """A copy that is too long for a line: the place first, then what goes there."""
         out: list[str] = []
-        variable = fresh("slot", set(self.words))
+        variable = self.called.view("slot")
         for code in to.spelled_out(variable, _room(depth, variable)):
             out += lines(code, depth, before=f"{variable} = ")
         return out + self._with_view(from_, lambda v: call(f"{variable}.copy_", v), depth)
@@ -269,7 +260,7 @@ class Movement:
         block = lines(build(v.code), depth, before=before)
         if fits(block):
             return block
-        variable = fresh("part", set(self.words))
+        variable = self.called.view("part")
         out: list[str] = []
         for step in v.spelled_out(variable, _room(depth, variable)):
             out += lines(step, depth, before=f"{variable} = ")
@@ -362,14 +353,6 @@ class Movement:
 
     def _into(self) -> str | None:
         return self.e.into(self.here, self.there, keeps_blocks=keeps_blocks(self.e.rule, self.e.layout))
-
-    def _variable(self, tensor: ir.Tensor, side: int) -> str:
-        """A variable called by what the name says last."""
-        text = "".join(part.text if isinstance(part, tree.Text) else " " for part in tensor.template.parts)
-        words = [re.sub(r"\W", "_", word, flags=re.ASCII).strip("_") for word in re.split(r"[.\s]+", text)]
-        words = [word for word in words if re.match(r"[A-Za-z]", word)]
-        telling = [word for word in words if word not in _PLAIN_WORDS] or words
-        return fresh(telling[-1] if telling else self.e.context.sides[side], self.words)
 
 
 def _room(depth: int, variable: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import keyword
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 # Attributes of mapdsl.runtime.adapter.Adapter (a test holds this list against the class).
 ADAPTER_NAMES = frozenset(
@@ -108,11 +108,11 @@ def local(name: str) -> str:
     return unclashed(name, LOCAL_NAMES)
 
 
-def fresh(wanted: str, taken: set[str]) -> str:
-    """A variable's name that is not taken yet; it is from now on."""
+def fresh(wanted: str, taken: set[str], fits: Callable[[str], bool] = lambda name: True) -> str:
+    """A variable's name that is not taken yet, and fits; it is taken from now on."""
     number = 2
     name = unclashed(wanted, LOCAL_NAMES)
-    while name in taken:
+    while name in taken or not fits(name):
         name, number = f"{wanted}{number}", number + 1
     taken.add(name)
     return name

@@ -13,7 +13,6 @@ from mapdsl.compiler.shapes import Layout, name_axes
 from mapdsl.emit.context import Context
 from mapdsl.emit.expressions import Params, difference, local, name_code, python, quoted
 from mapdsl.emit.layout import Bracketed, Code, breakable, call, comprehension, flat, lines, listed
-from mapdsl.emit.reserved import fresh
 from mapdsl.emit.views import Sizes
 from mapdsl.emit.wild import WildHead
 from mapdsl.language import tree
@@ -135,7 +134,10 @@ class RuleEmitter:
         return words | {f"{self.context.prefixes[0]}s", "name", "target", "rest", "segment", "number", "narrower"}
 
     def _spellings(self) -> dict[tuple[str, tuple[str, ...]], str]:
-        """The local variable that holds each spelling of each enumeration: `j`, or `hf_j` and `native_j`."""
+        """The local variable that holds each spelling of each enumeration: `j`, or `hf_j` and `native_j`.
+
+        It is no `j` where another rule of the map counts with that. Wildcards, without spellings, are treated alike.
+        """
         found: dict[str, dict[tuple[str, ...], int]] = {}
         for side, tensors in enumerate(self.rule.sides):
             for tensor in tensors:
@@ -145,10 +147,18 @@ class RuleEmitter:
         out = {}
         for name, spellings in found.items():
             for spelling, side in spellings.items():
-                alone = len(spellings) == 1 and name in self.layout.matched
-                wanted = f"{self.context.sides[side]}_{name}"
-                out[name, spelling] = local(name) if alone else fresh(wanted, self.words)
-        return out
+                alone = len(spellings) == 1 and name in self.layout.matched and name not in self.context.positions
+                out[name, spelling] = local(name) if alone else self._spelling(side, name)
+        return out | self._wildcards()
+
+    def _wildcards(self) -> dict[tuple[str, tuple[str, ...]], str]:
+        """The local variables of wildcards whose names are those of axes in other rules."""
+        parts = [part for side in self.rule.sides for tensor in side for part in tensor.template.parts]
+        names = {part.name for part in parts if isinstance(part, tree.WildcardHole) and part.name}
+        return {(name, ()): self._spelling(LEFT, name) for name in sorted(names & self.context.positions)}
+
+    def _spelling(self, side: int, name: str) -> str:
+        return self.context.variable(f"{self.context.sides[side]}_{name}", self.words, "str")
 
     def _variables(self, axis: str, side: int | None) -> list[tuple[str, tuple[str, ...]]]:
         """Variables and spellings of an enumeration, of one side or of both."""

@@ -47,6 +47,7 @@ def standalone_source(checked: Checked, command: str = "mapdsl compile --standal
         .render(
             title=adapter.title,
             version=__version__,
+            has_unflatten=".unflatten(" in adapter.code,
             imports=_import_lines([*modules, adapter]),
             modules=modules,
             adapter=adapter.code,

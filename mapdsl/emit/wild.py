@@ -36,13 +36,15 @@ class WildHead:
         holes = self.open_holes(template)
         variables = [(part.span.start, "number") for part in holes]
         variables += [
-            (p.span.start, wildcard(p.name or "*")) for p in template.parts if isinstance(p, tree.WildcardHole)
+            (part.span.start, wildcard(part.name or "*", self.emitter.spelled))
+            for part in template.parts
+            if isinstance(part, tree.WildcardHole)
         ]
         if not variables:
             return [], depth
         out: list[str] = []
         if self.narrow[1 - source]:
-            out += lines(_tuple(self.narrow[1 - source]), depth, before="narrower = ")
+            out += lines(Bracketed("", self.narrow[1 - source], brackets="[]"), depth, before="narrower = ")
         ordered = [name for _, name in sorted(variables)]
         targets = f"({ordered[0]},)" if len(ordered) == 1 else ", ".join(ordered)
         pattern = pattern_code(template, self.emitter.params, self.emitter.spelled, holes)
@@ -129,13 +131,3 @@ def offset_of(value: tree.Expr, index: str) -> tree.Expr | None:
     if len(others) < 2:
         return others[0] if others else None
     return tree.Operation("+", others, span=value.span)
-
-
-def _tuple(items: list[Code]) -> Bracketed:
-    if len(items) == 1:
-        return Bracketed("", [_with_comma(items[0])])
-    return Bracketed("", items)
-
-
-def _with_comma(item: Code) -> Code:
-    return f"{item}," if isinstance(item, str) else replace(item, after=f"{item.after},")

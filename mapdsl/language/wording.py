@@ -61,6 +61,8 @@ _INSTEAD = {
     "“": "strings stand in plain double quotes", "”": "strings stand in plain double quotes",
     "≥": "write `>=`", "≤": "write `<=`", "≠": "write `!=`",
 }  # fmt: skip
+# A tensor with its formats, and the shape that stands behind them.
+_SHAPE_BEHIND_FORMATS = re.compile(r"(\S+)\s+as\s+([^\s\[\]+<>]+)\s*$")
 _INSTEAD_IN_SHAPES = {
     ",": "spaces part the dimensions: `[f d]`",
     "+": "a sum stands in parentheses: `[(f + d)]`",
@@ -255,6 +257,9 @@ def _hint(problem: Problem) -> str:
         return f"this `{found}` closes nothing"
     if "AXIS" in problem.expected and found in _INSTEAD_IN_SHAPES:
         return _INSTEAD_IN_SHAPES[found]
+    if found == "[" and (tensor := _SHAPE_BEHIND_FORMATS.search(problem.before)):
+        shape = re.compile(r"\[[^\]\n]*\]").match(problem.source.text, problem.offset, problem.end)
+        return f"a shape stands before `as`: `{tensor[1]} {shape[0] if shape else '[...]'} as {tensor[2]}`"
     if "TIMES" in problem.expected and re.match(r"\.[0-9]", found):
         return "numbers in expressions are integers"
     if found[:1] in _INSTEAD and not re.match(r"[\w{]", found):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Union
 
 import torch
 from torch import Tensor
 
+from mapdsl.runtime.codecs.strided import copy_strided
 from mapdsl.runtime.errors import ConversionError
-from mapdsl.runtime.sizes import SizeError, axis_sizes
+from mapdsl.runtime.sizes import Sized, SizeError, axis_sizes, joint_sizes
 
 # The shape that a tensor must have: its sizes, or a pattern such as `V d` where some are not known.
 Pattern = Union[str, "tuple[int, ...]"]
@@ -27,6 +28,24 @@ def fitted(name: str, pattern: Pattern, shape: Iterable[int], known: Mapping[str
         raise ConversionError(err.code, f"{name}: {err}") from None
 
 
+def window(view: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """A place seen in the shape of the tensor that is to go there; None where that does not fit."""
+    if (view.dtype, view.device) != (dtype, device) or view.numel() != torch.Size(shape).numel():
+        return None
+    try:
+        return view.view(shape)
+    except RuntimeError:
+        return None
+
+
+def fitted_together(tensors: Sequence[Sized], known: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of all axes of tensors that share some; an error names the one that does not fit the others."""
+    try:
+        return joint_sizes(tensors, known)
+    except SizeError as err:
+        raise ConversionError(err.code, str(err)) from None
+
+
 def place(view: Tensor, tensor: Tensor, name: str) -> None:
     """Copy a tensor to its place in another, where shape and dtype must agree."""
     if view.shape != tensor.shape:
@@ -36,7 +55,10 @@ def place(view: Tensor, tensor: Tensor, name: str) -> None:
         raise ConversionError(
             "R606", f"{name}: expected {view.dtype} as in the rest of its group, found {tensor.dtype}"
         )
-    view.copy_(tensor)
+    if isinstance(view, Tensor):
+        copy_strided(view, tensor)
+    else:
+        view.copy_(tensor)  # undecoded: all parts of it
 
 
 def reshaped(name: str, tensor: Tensor, view: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 
 import torch
 from torch import Tensor
@@ -82,14 +82,14 @@ class Put:
         self(name, view, stored)
 
     def carried(
-        self, name: str, tensor: Tensor | None, stored: Alternatives = AS_IS, *, but: tuple[Container[str], ...] = ()
+        self, name: str, tensor: Tensor | None, stored: Alternatives = AS_IS, *, but: Sequence[Container[str]] = ()
     ) -> None:
         """Put a tensor that a wildcard carries; R603 for a name of another rule, or of a narrower wildcard, `but`."""
         if tensor is not None:
             self.own(name, but=but)
             self(name, tensor, stored)
 
-    def own(self, *names: str, but: tuple[Container[str], ...] = ()) -> None:
+    def own(self, *names: str, but: Sequence[Container[str]] = ()) -> None:
         """R603 for a name that a wildcard would carry a tensor over to, if it is another rule's."""
         for name in names:
             if name in self._named() or any(name in narrower for narrower in but):

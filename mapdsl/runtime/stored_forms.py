@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec
-from mapdsl.runtime.codecs.formats import FLOAT_DTYPES
+from mapdsl.runtime.codecs.formats import DTYPE_BY_SPELLING, FLOAT_DTYPES
+from mapdsl.runtime.codecs.likeness import likeliest
 from mapdsl.runtime.complement import RAW, Alternatives, Raw
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.state_names import StateNames
 
 AS_IS: Alternatives = (RAW,)
 NOT_AT_ALL: Alternatives = ()
+_SPELLINGS = {dtype: spelling for spelling, dtype in DTYPE_BY_SPELLING.items()}
 
 
 class StoredForms(StateNames):
@@ -31,20 +33,22 @@ class StoredForms(StateNames):
         return self._device
 
     def _alternative(self, name: str, stored: Alternatives) -> Codec | Raw:
-        """The alternative that a stored tensor is in, by the dtype of its payload and the companions beside it."""
+        """The alternative that a stored tensor is in, by the companions beside it, and the dtypes and shapes of all."""
         if stored is AS_IS:
             return RAW
         payloads = {c.payload(name) for c in stored if isinstance(c, Codec)} | ({name} if RAW in stored else set())
         there = [payload for payload in payloads if payload in self]
-        claimed = None
+        claimed, recognised = None, []
         for codec in stored:
             if isinstance(codec, Codec) and codec.payload(name) in there:
                 dtype = self._peek(codec.payload(name)).dtype
                 if codec.recognises(name, dtype, self.__contains__):
-                    return codec
+                    recognised.append(codec)
                 # A float of 16 bits or more stands by itself; a narrow one means nothing without its scales.
-                if codec.claims(name, dtype) and not (RAW in stored and dtype in FLOAT_DTYPES):
+                elif codec.claims(name, dtype) and not (RAW in stored and dtype in FLOAT_DTYPES):
                     claimed = claimed or codec
+        if recognised:
+            return self._likeliest(name, recognised)
         if claimed is not None:
             lacking = next(part for part in claimed.companions(name).values() if part not in self)
             raise ConversionError("R605", f"{name} is stored as {claimed.name}, but its companion {lacking} is missing")
@@ -53,6 +57,15 @@ class StoredForms(StateNames):
         names = "|".join(codec.name for codec in stored)
         dtype_text = f" of {self._peek(there[0]).dtype}" if there else ""
         raise ConversionError("C504", f"{name}{dtype_text} is stored as none of {names}")
+
+    def _likeliest(self, name: str, codecs: list[Codec]) -> Codec:
+        """Of formats whose parts are all there, the one that dtypes and shapes fit."""
+
+        def form(part: str) -> tuple[str, tuple[int, ...]]:
+            tensor = self._peek(part)
+            return _SPELLINGS.get(tensor.dtype, ""), tuple(tensor.shape)
+
+        return codecs[likeliest(name, [codec.storage for codec in codecs], form)]
 
     def _is_coded(self, name: str, stored: Alternatives) -> bool:
         """Whether a tensor is in one of the codecs, told by the companions beside it where that is enough."""

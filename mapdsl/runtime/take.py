@@ -13,8 +13,8 @@ from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.values import Cast
 from mapdsl.runtime.complement import RAW, Alternatives, Complement, Entries, Raw
 from mapdsl.runtime.errors import ConversionError
-from mapdsl.runtime.fitting import Pattern, compare, fitted, place, reshaped, same_bytes
-from mapdsl.runtime.sizes import parse_pattern
+from mapdsl.runtime.fitting import Pattern, compare, fitted, fitted_together, place, reshaped, same_bytes, window
+from mapdsl.runtime.sizes import Sized
 from mapdsl.runtime.stored_forms import AS_IS, NOT_AT_ALL, StoredForms
 from mapdsl.runtime.undecoded import Undecoded
 
@@ -115,13 +115,7 @@ class Take(StoredForms):
 
     def sizes(self, *axes: str) -> tuple[int, ...]:
         """Sizes of axes that are not known beforehand, read off the first tensor of each operand of the group."""
-        patterns = [str(self._members[name].shape) for name in self._firsts]
-        shapes = [size for name in self._firsts for size in self._shape(name)]
-        known = self._members[self._firsts[0]].sizes
-        for name in self._firsts:
-            if len(self._firsts) > 1:
-                self._check_dimensions(name)
-        found = fitted(" + ".join(self._firsts), " ".join(patterns), shapes, known)
+        found = self._joint_sizes()
         return tuple(found[axis] for axis in axes)
 
     def size(self, axis: str) -> int:
@@ -140,8 +134,8 @@ class Take(StoredForms):
         dtype = model.dtype if isinstance(codec, Raw) else self._decoded_dtype(name, codec)
         return torch.empty(shape, dtype=dtype, device=model.device)
 
-    def part(self, name: str) -> Tensor:
-        """A tensor of the group at hand, decoded and checked against the shape of its operand."""
+    def part(self, name: str, out: Tensor | None = None) -> Tensor:
+        """A tensor of the group at hand, decoded (to `out`, if given) and checked against the shape of its operand."""
         member = self._members[name]
         codec = self._alternative(name, member.stored)
         if member.stored is not AS_IS:
@@ -161,11 +155,11 @@ class Take(StoredForms):
         else:
             parts = {part: self._take(part) for part in codec.names(name)}
             dtype = self._decoded_dtype(name, codec)
-            tensor = codec.decode(name, parts, dtype)
+            tensor = codec.decode(name, parts, dtype, out=out)
             self.entries[name] = (codec.name, codec.keep(name, parts, dtype))
-        if member.shape is not None:
-            fitted(name, member.shape, tensor.shape, member.sizes)
         self._shapes[name] = tuple(tensor.shape)
+        if member.shape is not None:
+            self._fit(name, member, self._shapes[name])
         expected = self._shapes.get(member.first)
         if expected is not None and expected != self._shapes[name]:
             found = f"expected {list(expected)} as in the rest of its group, found {list(tensor.shape)}"
@@ -177,6 +171,13 @@ class Take(StoredForms):
 
         `view` may cut the tensor's dimensions finer. A `copy` must equal what is there.
         """
+        codec = self._alternative(name, self._members[name].stored)
+        if not (copy or isinstance(codec, Raw) or self._members[name].moved):
+            payload = self._peek(codec.payload(name))
+            out = window(view, self._shape(name), self._decoded_dtype(name, codec), payload.device)
+            if out is not None:
+                self.part(name, out)
+                return
         tensor = self.part(name)
         if tensor.shape != view.shape and self._members[name].shape is not None:
             tensor = reshaped(name, tensor, view)
@@ -373,12 +374,19 @@ class Take(StoredForms):
             return tuple(self._peek(name).shape)
         return codec.logical_shape(tuple(self._peek(codec.payload(name)).shape))
 
-    def _check_dimensions(self, name: str) -> None:
-        """Of several operands each has the dimensions that its own pattern says, before they are solved together."""
-        wanted, found = len(parse_pattern(str(self._members[name].shape))), list(self._shape(name))
-        if wanted != len(found):
-            pattern = self._members[name].shape
-            raise ConversionError("R606", f"{name}: expected {wanted} dimensions, [{pattern}], found {found}")
+    def _joint_sizes(self) -> dict[str, int]:
+        """The sizes of all axes of the group, which may take several of its tensors to tell."""
+        tensors = [Sized(name, str(self._members[name].shape), self._shape(name)) for name in self._firsts]
+        return fitted_together(tensors, self._members[self._firsts[0]].sizes)
+
+    def _fit(self, name: str, member: Member, shape: tuple[int, ...]) -> None:
+        """Hold a tensor's shape against its pattern."""
+        try:
+            fitted(name, member.shape or (), shape, member.sizes)
+        except ConversionError as problem:
+            if problem.code != "X304" or len(self._firsts) == 1:
+                raise
+            fitted(name, member.shape or (), shape, self._joint_sizes())
 
     def _take(self, name: str) -> Tensor:
         if name not in self:

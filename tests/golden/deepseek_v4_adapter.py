@@ -4,6 +4,8 @@ Generated from deepseek_v4.map (sha256 aadaad280af0a98c).
 Do not edit: change the map and run `mapdsl compile`.
 """
 
+# torch has no annotations for `unflatten`.
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from mapdsl.language.source import Source
 from mapdsl.map import Map
+from mapdsl.runtime.errors import ConversionError
 from tests.helpers.drawing import draw
 from tests.helpers.elements import LEFT, RIGHT, State
 from tests.helpers.reference import Reference
@@ -50,6 +52,18 @@ def all_cases() -> list[Case]:
 def map_of(text: str, path: str = "test.map") -> Map:
     """A map of a text; a header is put before it if it has none."""
     return Map(Source(path, text if text.startswith("map ") else f"map m: hf <-> native\n{text}"))
+
+
+def refused(text: str, config: dict[str, Any], left: dict[str, Any] | None = None, right: Any = None, **params: Any):
+    """The error of reading `left`, or writing `right`, or of making the adapter."""
+    with pytest.raises(ConversionError) as caught:
+        adapter = map_of(text).adapter(config, **params)
+        if left is not None:
+            adapter.read(left)
+        if right is not None:
+            adapter.write(right)
+    assert "\n" not in caught.value.message
+    return caught.value
 
 
 def provenance() -> Callable[[list[int]], Tensor]:
@@ -91,4 +105,16 @@ def on_meta(state: Mapping[str, Tensor]) -> State:
     return {name: tensor.to("meta") for name, tensor in state.items()}
 
 
-__all__ = ["CASES", "LEFT", "RIGHT", "Case", "all_cases", "assert_same", "drawn", "map_of", "on_meta", "provenance"]
+__all__ = [
+    "CASES",
+    "LEFT",
+    "RIGHT",
+    "Case",
+    "all_cases",
+    "assert_same",
+    "drawn",
+    "map_of",
+    "on_meta",
+    "provenance",
+    "refused",
+]

@@ -125,9 +125,10 @@ class Codec(ABC):
         """The complement: with it `encode` gives these bytes back for the tensor that `decode` gives; same errors."""
 
     @abstractmethod
-    def encode(self, key: str, tensor: Tensor, kept: Kept | None = None) -> Encoded:
+    def encode(self, key: str, tensor: Tensor, kept: Kept | None = None, *, out: Tensor | None = None) -> Encoded:
         """The stored parts of a logical tensor, unedited blocks as they were kept.
 
+        The payload is in memory of its own, or in `out`, contiguous, of its shape and dtype.
         Raises `ConversionError`: R607 where `kept` is of another tensor, D403 for a value that the format cannot hold,
         D401 where the codec does not fit the shape, D406 where the format can be read only and nothing was kept.
         """
@@ -198,6 +199,23 @@ class Codec(ABC):
             found, expected = f"{list(out.shape)} on {out.device}", f"{list(shape)} on {device}"
             raise ConversionError("R606", f"{self.payload(key)}: `out` is {found}, the tensor {expected}")
         return out
+
+    def memory(
+        self, key: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, out: Tensor | None
+    ) -> Tensor:
+        """Memory for a payload: `out`, if it is as the payload has to be, else new memory."""
+        if out is None:
+            return torch.empty(shape, dtype=dtype, device=device)
+        if (tuple(out.shape), out.dtype, out.device) != (tuple(shape), dtype, device) or not out.is_contiguous():
+            found, expected = f"{list(out.shape)} {dtype_name(out.dtype)}", f"{list(shape)} {dtype_name(dtype)}"
+            raise ConversionError("R606", f"{self.payload(key)}: `out` is {found}, the payload {expected}, contiguous")
+        return out
+
+    def written(self, key: str, payload: Tensor, out: Tensor | None) -> Tensor:
+        """A payload, copied to `out` if that is given."""
+        if out is None:
+            return payload
+        return self.memory(key, tuple(payload.shape), payload.dtype, payload.device, out).copy_(payload)
 
     def check_kept(
         self,

@@ -2,179 +2,238 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.elements import Element, TableElement, power_table
 from mapdsl.runtime.codecs.formats import as_bits, bits_differ, exact_cast, integer_dtype
+from mapdsl.runtime.codecs.kernels import COMPILED_DTYPES, Kernels, compiled_kernels, each
+from mapdsl.runtime.codecs.scales import BlockFactors
 from mapdsl.runtime.codecs.strided import copy_strided
-from mapdsl.runtime.codecs.tiles import BlockGrid, Tile
+from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS, BlockGrid, Tile
 
 # A table of 256 products pays for itself in blocks of this many bytes; in smaller ones multiplying is cheaper.
 _TABLE_PAYS = 1024
+# So many tables are made at once: they stay in a second-level cache, and starting torch's kernels costs little.
+_TABLES = 256
+# Compiled kernels that need no scratch may take larger tiles: fewer calls.
+_COMPILED_STRIP = 4 * STRIP_ELEMENTS
 
 
 class BlockKernel:
     """The blocks of one tensor under given scales, decoded to `dtype`.
 
     `codes` are the stored elements, `[matrices, rows, columns]` of the grid; `values` are logical, `per` times as wide.
-    `factors` are what to multiply codes with, float32 of the grid; `powers`, where all scales are e8m0, their bytes.
     Scratch and tables are reused from tile to tile.
     """
 
-    def __init__(
-        self, element: Element, grid: BlockGrid, factors: Tensor, dtype: torch.dtype, powers: Tensor | None = None
-    ) -> None:
-        self.element, self.grid, self.dtype = element, grid, dtype
-        self.factors = factors.reshape(grid.blocks)
-        self._scratch = torch.empty(grid.largest_tile, dtype=torch.int32, device=factors.device)
-        self._powers = None if powers is None else powers.reshape(grid.blocks).int() * 256
-        self._band: tuple[int, ...] = ()
-        self._band_table = self._band_rows = self._scratch
+    def __init__(self, element: Element, grid: BlockGrid, factors: BlockFactors, dtype: torch.dtype) -> None:
+        self.element, self.grid, self.factors, self.dtype = element, grid, factors, dtype
+        elements = grid.elements[0] * grid.elements[1] * grid.elements[2] * element.per
+        self.kernels = compiled_kernels(element, dtype, factors.scale.device, elements)
+        self._index = torch.empty(0, dtype=torch.int32, device=factors.scale.device)
+        self._quotients = torch.empty(0, dtype=torch.float32, device=factors.scale.device)
+        self._table_of: tuple[int, ...] = ()
+        self._table = self._index
 
     def decode(self, codes: Tensor, values: Tensor) -> None:
         """Write the logical values, a tensor `[matrices, rows, columns * per]` of `dtype` that may be any view."""
-        out = _as_integers(values, self.element.per)
-        for tile in self.grid.tiles():
-            if out is not None:
-                self._read(tile, tile.cut(codes), tile.cut(out))
+        in_order = values.shape[-1] == 1 or values.stride(-1) == 1
+
+        def work(tile: Tile) -> None:
+            out = tile.flat(values, self.element.per)
+            if in_order:
+                self._read(tile, codes, out)
             else:
-                found = self._read(tile, tile.cut(codes)).view(self.dtype)
-                copy_strided(tile.flat(values, self.element.per), found.reshape(tile.bands * tile.height, -1))
+                copy_strided(out, self._read(tile, codes))
+
+        self._on_tiles(work, self._tiles(in_order))
 
     def encode(self, values: Tensor, codes: Tensor, only: Tensor | None = None) -> None:
         """Write the codes nearest to the values under these scales, of the blocks that `only` (of the grid) picks."""
-        for tile in self.grid.tiles():
-            picked = None if only is None else tile.blocks(only)
-            if picked is None or picked.any():
-                target = tile.cut(codes)
-                fresh = self._write(tile, values, codes.dtype)
-                target.copy_(fresh if picked is None else _where(picked, fresh, target))
+        tiles = self._tiles(only is None)
+        self._on_tiles(lambda tile: self.encode_tile(tile, values, codes, only), tiles)
+
+    def encode_tile(self, tile: Tile, values: Tensor, codes: Tensor, only: Tensor | None = None) -> None:
+        """Encode one tile."""
+        picked = None if only is None else tile.blocks(only)
+        if picked is None:
+            self._write(tile, values, tile.flat(codes))
+        elif picked.any():
+            target = tile.cut(codes)
+            fresh = self._write(tile, values).view(target.shape)
+            target.copy_(_where(_over(picked), fresh, target))
 
     def unlike(self, codes: Tensor, values: Tensor) -> Tensor:
         """A mask of the grid: blocks in which some code does not mean the value, bit by bit."""
         blocks = torch.zeros(self.grid.blocks, dtype=torch.bool, device=codes.device)
-        for tile in self.grid.tiles():
-            meant, found = self._meant(tile, tile.cut(codes), values)
-            if bits_differ(meant, found):
-                wrong = as_bits(meant) != as_bits(found)
-                tile.blocks(blocks).logical_or_(wrong.amax((1, 3), keepdim=True))
+
+        def work(tiles: list[Tile]) -> None:
+            # The tiles of a tall block share its place in the mask: they are one thread's.
+            for tile in tiles:
+                meant, found = self._meant(tile, codes, values)
+                if bits_differ(meant, found):
+                    wrong = as_bits(meant) != as_bits(found)
+                    tile.blocks(blocks).logical_or_(wrong.amax((1, 3)))
+
+        self._on_tiles(work, self.grid.bands())
         return blocks
 
     def restore(self, codes: Tensor, values: Tensor, kept: Tensor, where: Tensor | None) -> None:
         """Put kept codes back, at flat positions or everywhere, where they mean the value."""
-        if where is None:
-            kept = kept.view(self.grid.elements)
-            for tile in self.grid.tiles():
-                mine, target = tile.cut(kept), tile.cut(codes)
-                meant, found = self._meant(tile, mine, values)
-                fits = _grouped(as_bits(meant) == as_bits(found), self.element.per).all(-1)
-                target.copy_(_where(fits, mine, target))
-        elif len(where):
-            factors = self.factors.view(-1)[self.grid.block_of(where)]
-            meant = exact_cast(self.element.read(kept[:, None], factors[:, None], self.dtype), values.dtype)
-            found = values.view(-1, self.element.per)[where]
-            fits = (as_bits(meant) == as_bits(found)).all(-1)
-            as_bits(codes).view(-1)[where[fits]] = as_bits(kept)[fits]
+        if where is not None:
+            if len(where):
+                self._restore_at(codes, values, kept, where)
+            return
+        kept = kept.view(self.grid.elements)
+
+        def work(tile: Tile) -> None:
+            meant, found = self._meant(tile, kept, values)
+            fits = _grouped(as_bits(meant) == as_bits(found), self.element.per).all(-1)
+            tile.cut(codes).copy_(_where(fits, tile.cut(kept), tile.cut(codes)))
+
+        self._on_tiles(work, self.grid.tiles())
 
     def irreproducible(self, codes: Tensor) -> Tensor:
         """Flat positions, int64, of the codes that decoding and encoding under the same scales would not give back."""
-        found = [torch.empty(0, dtype=torch.int64, device=codes.device)]
-        for tile in self.grid.tiles():
-            mine = tile.cut(codes)
-            factors = tile.blocks(self.factors)
+        found: dict[Tile, Tensor] = {}
+
+        def work(tile: Tile) -> None:
+            mine, factors = tile.cut(codes), _over(self.factors.of(tile))
             if not self.element.reproduces(mine, factors, self.dtype):
-                values = self._read(tile, mine).view(self.dtype)
-                again = self.element.write(values, factors, codes.dtype)
-                found.append(self.grid.positions(tile, as_bits(again) != as_bits(mine)))
-        return torch.cat(found)
+                again = self._write_values(tile, self._read(tile, codes), torch.empty_like(tile.flat(codes)))
+                wrong = as_bits(again).view(mine.shape) != as_bits(mine)
+                if wrong.any():
+                    found[tile] = self.grid.positions(tile, wrong)
+
+        self._on_tiles(work, self.grid.tiles())
+        return torch.cat([found[tile] for tile in sorted(found)] or [codes.new_empty(0, dtype=torch.int64)])
+
+    # --- within ---
+
+    @property
+    def strip(self) -> int:
+        """Elements of a tile for work that needs no scratch."""
+        return STRIP_ELEMENTS if self.kernels is None else _COMPILED_STRIP
+
+    def _tiles(self, is_direct: bool) -> Iterable[Tile]:
+        return self.grid.tiles(self.strip if is_direct else STRIP_ELEMENTS)
+
+    def _on_tiles(self, work: Callable[..., object], items: Iterable[object]) -> None:
+        """Compiled kernels work on several tiles at once; torch's operators share out each of them."""
+        run_on_all(self.kernels, work, items)
 
     def _read(self, tile: Tile, codes: Tensor, out: Tensor | None = None) -> Tensor:
-        """The decoded bits of a tile, one integer for the values of each stored element, in the shape of `codes`."""
-        table, rows = self._table(tile)
-        if table is None:
-            values = self.element.read(codes, tile.blocks(self.factors), self.dtype)
-            bits = values.view(integer_dtype(self.dtype.itemsize * self.element.per))
-            return bits if out is None else out.copy_(bits)
-        index = self._scratch[: codes.numel()].view(codes.shape)
-        index.copy_(codes.view(torch.uint8)).add_(rows)
-        if out is not None and out.is_contiguous():
-            torch.index_select(table, 0, index.view(-1), out=out.view(-1))
+        """The decoded values of a tile, `[rows, columns * per]`, in `out` if given, whose columns lie together."""
+        per = self.element.per
+        if out is None:
+            shape = tile.bands * tile.height, tile.groups * tile.width * per
+            out = torch.empty(shape, dtype=self.dtype, device=codes.device)
+        if self.kernels is not None:
+            assert isinstance(self.element, TableElement)
+            self.kernels.decode(
+                self.element, tile.flat(codes), self.factors.of(tile), out, height=tile.height, width=tile.width
+            )
             return out
-        bits = table.index_select(0, index.view(-1)).view(codes.shape)
-        return bits if out is None else out.copy_(bits)
+        mine, words = tile.cut(codes), _as_integers(out, per)
+        table, rows = self._table_for(tile)
+        if table is None or words is None:
+            values = self.element.read(mine, _over(self.factors.of(tile)), self.dtype)
+            return out.copy_(values.view(out.shape))
+        self._index = _at_least(mine.numel(), self._index)
+        index = self._index[: mine.numel()].view(mine.shape)
+        index.copy_(mine.view(torch.uint8)).add_(rows)
+        if words.is_contiguous():
+            torch.index_select(table, 0, index.view(-1), out=words.view(-1))
+        else:
+            words.copy_(table.index_select(0, index.view(-1)).view(words.shape))
+        return out
 
-    def _table(self, tile: Tile) -> tuple[Tensor | None, Tensor]:
+    def _table_for(self, tile: Tile) -> tuple[Tensor | None, Tensor]:
         """The table of products for a tile's blocks, and where each block's 256 entries begin; none if it is dear."""
         element = self.element
         if not isinstance(element, TableElement):
-            return None, self._scratch
-        if self._powers is not None:
-            return power_table(element, self.dtype, self._powers.device), tile.blocks(self._powers)
+            return None, self._index
+        if self.factors.are_powers:
+            powers = tile.blocks(self.factors.scale).view(torch.uint8)
+            return power_table(element, self.dtype, powers.device), _over(powers.int() * 256)
         if self.grid.height * self.grid.width < _TABLE_PAYS:
-            return None, self._scratch
-        band = (tile.matrix, tile.grid_row, tile.bands, tile.grid_column)
-        if band != self._band:
-            factors = tile.blocks(self.factors)
-            starts = torch.arange(factors.numel(), dtype=torch.int32, device=factors.device) * 256
-            self._band_table, self._band_rows = element.table(factors.flatten(), self.dtype), starts.view(factors.shape)
-            self._band = band
-        return self._band_table, self._band_rows
+            return None, self._index
+        # Tables for the bands that follow are made with this one's.
+        bands = max(tile.bands, _TABLES // tile.groups)
+        first = tile.grid_row - tile.grid_row % bands if tile.bands == 1 else tile.grid_row
+        ahead = tile._replace(grid_row=first, bands=min(bands, self.grid.blocks[1] - first))
+        wanted = (ahead.matrix, ahead.grid_row, ahead.bands, ahead.grid_column, ahead.groups)
+        if self._table_of != wanted:
+            self._table = element.table(self.factors.of(ahead).flatten(), self.dtype)
+            self._table_of = wanted
+        starts = torch.arange(tile.bands * tile.groups, dtype=torch.int32, device=self._table.device) * 256
+        starts += (tile.grid_row - first) * tile.groups * 256
+        return self._table, _over(starts.view(tile.bands, tile.groups))
 
-    def _write(self, tile: Tile, values: Tensor, stored: torch.dtype) -> Tensor:
-        return self.element.write(tile.cut(values, self.element.per), tile.blocks(self.factors), stored)
+    def _write(self, tile: Tile, values: Tensor, out: Tensor | None = None) -> Tensor:
+        """The codes of a tile of values, `[rows, columns]`, in `out` if given."""
+        if out is None:
+            shape = tile.bands * tile.height, tile.groups * tile.width
+            stored = self.element.dtype if isinstance(self.element, TableElement) else values.dtype
+            out = torch.empty(shape, dtype=stored, device=values.device)
+        return self._write_values(tile, tile.flat(values, self.element.per), out)
+
+    def _write_values(self, tile: Tile, values: Tensor, out: Tensor) -> Tensor:
+        """Codes for the values of a tile, both `[rows, columns]`."""
+        factors = self.factors.of(tile)
+        # Values may come back in another dtype than was decoded to, one that is not compiled for.
+        if self.kernels is not None and values.dtype in COMPILED_DTYPES:
+            assert isinstance(self.element, TableElement)
+            self.kernels.encode(self.element, values, factors, out, height=tile.height, width=tile.width)
+            return out
+        blocks = values.reshape(tile.bands, tile.height, tile.groups, tile.width * self.element.per)
+        self._quotients = _at_least(blocks.numel(), self._quotients)
+        fresh = self.element.write(blocks, _over(factors), out.dtype, self._quotients)
+        return out.copy_(fresh.view(out.shape))
 
     def _meant(self, tile: Tile, codes: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What a tile's codes mean and what its values are, in the values' dtype.
+        """What a tile's codes mean and what its values are, in the values' dtype, `[bands, height, groups, width]`.
 
         Values may come back in another dtype than was decoded to; then what counts is what the cast made of them.
         """
-        meant = exact_cast(self._read(tile, codes).view(self.dtype), values.dtype)
-        return meant, tile.cut(values, self.element.per)
+        found = tile.cut(values, self.element.per)
+        return exact_cast(self._read(tile, codes), values.dtype).view(found.shape), found
+
+    def _restore_at(self, codes: Tensor, values: Tensor, kept: Tensor, where: Tensor) -> None:
+        factors = self.factors.at(self.grid.block_of(where))
+        meant = exact_cast(self.element.read(kept[:, None], factors[:, None], self.dtype), values.dtype)
+        found = values.view(-1, self.element.per)[where]
+        fits = (as_bits(meant) == as_bits(found)).all(-1)
+        as_bits(codes).view(-1)[where[fits]] = as_bits(kept)[fits]
 
 
-def largest_magnitudes(grid: BlockGrid, values: Tensor, per: int) -> tuple[Tensor, bool]:
-    """The largest finite magnitude of each block, float32 of the grid, 0 where there is none; are all values finite."""
-    finite = True
-    largest = torch.zeros(grid.blocks, dtype=torch.float32, device=values.device)
-    for tile in grid.tiles():
-        mine = tile.cut(values, per)
-        found = _largest(mine)
-        if not found.isfinite().all():
-            finite = False
-            found = _largest(mine.nan_to_num(0.0, 0.0, 0.0))
-        target = tile.blocks(largest)
-        target.copy_(torch.maximum(target, found))
-    return largest, finite
-
-
-def _largest(tile: Tensor) -> Tensor:
-    """Magnitudes are ordered as their bits are, NaNs last, and integers are compared twice as fast."""
-    return (tile.float().view(torch.int32) & 0x7FFFFFFF).amax((1, 3), keepdim=True).view(torch.float32)
-
-
-def first_unholdable(element: Element, grid: BlockGrid, values: Tensor, only: Tensor | None) -> int | None:
-    """Flat position of the first value, in the blocks that `only` picks, that no code stands for."""
-    found = []
-    for tile in grid.tiles():
-        wrong = element.cannot_hold(tile.cut(values, element.per))
-        if only is not None:
-            wrong = wrong & tile.blocks(only)
-        if wrong.any():
-            pairs = _grouped(wrong, element.per)
-            stored = grid.positions(tile, pairs.any(-1))
-            picks = pairs[pairs.any(-1)].to(torch.uint8).argmax(-1)
-            found.append(int((stored * element.per + picks).min()))
-    return min(found, default=None)
+def run_on_all(kernels: Kernels | None, work: Callable[..., object], items: Iterable[object]) -> None:
+    """Do work on each item, on several threads where compiled kernels do it."""
+    if kernels is None:
+        for item in items:
+            work(item)
+    else:
+        each(work, items)
 
 
 def _as_integers(values: Tensor, per: int) -> Tensor | None:
     """The same memory with `per` values as one integer, or None where they do not lie together."""
-    if values.shape[-1] > 1 and values.stride(-1) != 1:
-        return None
     if per > 1 and any(place % per for place in (values.storage_offset(), *values.stride()[:-1])):
         return None
     return values.view(integer_dtype(values.element_size() * per))
+
+
+def _at_least(elements: int, scratch: Tensor) -> Tensor:
+    """Scratch of so many elements, or new one like it."""
+    return scratch if scratch.numel() >= elements else scratch.new_empty(elements)
+
+
+def _over(blocks: Tensor) -> Tensor:
+    """Something of each block, `[bands, groups]`, as it lies over elements `[bands, height, groups, width]`."""
+    return blocks[:, None, :, None]
 
 
 def _grouped(mask: Tensor, per: int) -> Tensor:

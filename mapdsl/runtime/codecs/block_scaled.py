@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec, Encoded, Slice, unflatten_index
-from mapdsl.runtime.codecs.block_kernel import BlockKernel, first_unholdable, largest_magnitudes
+from mapdsl.runtime.codecs.block_kernel import BlockKernel
 from mapdsl.runtime.codecs.elements import TableElement, element_named
-from mapdsl.runtime.codecs.formats import DTYPE_BY_SPELLING, as_bits
+from mapdsl.runtime.codecs.formats import DTYPE_BY_SPELLING
 from mapdsl.runtime.codecs.kept import Kept, choose_kept
+from mapdsl.runtime.codecs.quantise import Largest, first_unholdable, quantise
 from mapdsl.runtime.codecs.scales import (
+    BlockFactors,
     is_power_dtype,
     reciprocal,
-    scale_values,
     written_global,
     written_powers,
     written_scale,
 )
 from mapdsl.runtime.codecs.storage import SCALES, BlockStorage
-from mapdsl.runtime.codecs.tiles import BlockGrid
+from mapdsl.runtime.codecs.tiles import BlockGrid, Tile
 from mapdsl.runtime.errors import ConversionError
-
-
-class Factors(NamedTuple):
-    """What codes are multiplied with, float32 of the scales' shape, and the bytes of scales that are powers."""
-
-    values: Tensor
-    powers: Tensor | None
 
 
 class BlockScaled(Codec):
@@ -43,7 +36,8 @@ class BlockScaled(Codec):
 
     Blocks lie over the last two dimensions, the others are batch; a block size of None is a whole dimension; a vector
     is one row; blocks at the edges may be partial. The scales' shape is the batch and the number of blocks each way;
-    with `squeeze` whole dimensions are left out, which makes a per-tensor scale `[]` and per-expert scales `[e]`.
+    with `squeeze` whole dimensions are left out, which makes a per-tensor scale `[]`, or `[1]` with
+    one of `scale_dims`, and per-expert scales `[e]`.
     """
 
     storage: BlockStorage
@@ -65,6 +59,7 @@ class BlockScaled(Codec):
         global_scale: str = "",
         global_dims: int = 0,
         global_inverse: bool = False,
+        scale_dims: int = 0,
         shape: str = "",
         rule: str = "up",
     ) -> None:
@@ -76,6 +71,7 @@ class BlockScaled(Codec):
                 scale=scale,
                 scale_dtypes=scale_dtypes,
                 squeeze=squeeze,
+                scale_dims=scale_dims,
                 packed=packed,
                 payload=payload,
                 blocks=blocks,
@@ -123,9 +119,9 @@ class BlockScaled(Codec):
 
     def _decode(self, parts: Mapping[str, Tensor], values: Tensor, of: Slice | None) -> None:
         """Write a tensor, or the slice of one that the parts hold; first and last elements may share a byte."""
-        codes, factors = self._codes(parts["payload"]), self._factors(parts)
+        codes = self._codes(parts["payload"])
         if of is None:
-            self._decode_into(codes, factors, values, (0, 0))
+            self._decode_into(codes, parts, values, (0, 0))
             return
         *_, (top, _), (left, _) = ((0, 1), (0, 1), *of.box)
         height, width = self.storage.block
@@ -133,13 +129,13 @@ class BlockScaled(Codec):
         offset = (top % height if height else 0, (left - cut_off) % width if width else 0)
         wide = (*codes.shape[:-1], codes.shape[-1] * self.element.per)
         if wide == tuple(values.shape):
-            self._decode_into(codes, factors, values, offset)
+            self._decode_into(codes, parts, values, offset)
         else:
             whole = torch.empty(wide, dtype=values.dtype, device=values.device)
-            self._decode_into(codes, factors, whole, offset)
+            self._decode_into(codes, parts, whole, offset)
             values.copy_(whole.narrow(-1, cut_off, values.shape[-1]))
 
-    def _decode_into(self, codes: Tensor, factors: Factors, values: Tensor, offset: tuple[int, int]) -> None:
+    def _decode_into(self, codes: Tensor, parts: Mapping[str, Tensor], values: Tensor, offset: tuple[int, int]) -> None:
         """Decode bytes into logical values that may lie in any order; see `BlockGrid` for `offset`."""
         grid = self._grid(codes.shape, offset)
         try:
@@ -147,10 +143,10 @@ class BlockScaled(Codec):
         except RuntimeError:
             # Matrices that do not follow each other in memory are decoded one by one.
             for place, matrix in enumerate(values.unbind()):
-                powers = None if factors.powers is None else factors.powers[place]
-                self._decode_into(codes[place], Factors(factors.values[place], powers), matrix, offset)
+                scales = {role: _of_matrix(parts[role], place) for role in ("scale", "global") if role in parts}
+                self._decode_into(codes[place], scales, matrix, offset)
             return
-        kernel = BlockKernel(self.element, grid, factors.values, values.dtype, factors.powers)
+        kernel = BlockKernel(self.element, grid, self._factors(grid, parts), values.dtype)
         kernel.decode(codes.reshape(grid.elements), wide)
 
     # --- the complement ---
@@ -163,8 +159,8 @@ class BlockScaled(Codec):
         codes = self._codes(payload)
         where = torch.empty(0, dtype=torch.int64, device=payload.device)
         if payload.numel() and not payload.is_meta:
-            grid, factors = self._grid(codes.shape), self._factors(found)
-            kernel = BlockKernel(self.element, grid, factors.values, dtype, factors.powers)
+            grid = self._grid(codes.shape)
+            kernel = BlockKernel(self.element, grid, self._factors(grid, found), dtype)
             where = kernel.irreproducible(codes.reshape(grid.elements))
         kept, positions = choose_kept(codes, where)
         shape = self.logical_shape(tuple(payload.shape))
@@ -172,7 +168,7 @@ class BlockScaled(Codec):
 
     # --- encoding ---
 
-    def encode(self, key: str, tensor: Tensor, kept: Kept | None = None) -> Encoded:
+    def encode(self, key: str, tensor: Tensor, kept: Kept | None = None, *, out: Tensor | None = None) -> Encoded:
         """New blocks get amax / largest element as scale (see `written_scale`); e8m0: the next power of two."""
         tensor = tensor.detach().contiguous()
         self.check_working(key, tensor.dtype)
@@ -182,10 +178,11 @@ class BlockScaled(Codec):
         if kept is not None:
             self._check_kept_parts(key, tensor, kept)
             kept = kept.to(tensor.device)
-        fresh = self.element.dtype if isinstance(self.element, TableElement) else tensor.dtype
-        codes = torch.empty(
-            self._code_shape(shape), dtype=fresh if kept is None else kept.codes.dtype, device=tensor.device
-        )
+        dtype = self.element.dtype if isinstance(self.element, TableElement) else tensor.dtype
+        if kept is not None:
+            dtype = kept.codes.dtype
+        payload = self.memory(key, stored, torch.int32 if self._in_words else dtype, tensor.device, out)
+        codes = payload.view(dtype).view(self._code_shape(shape))
         edited = 0
         if tensor.is_meta or not tensor.numel():
             companions = self._blank(tensor) if kept is None else kept.parts
@@ -194,15 +191,14 @@ class BlockScaled(Codec):
         else:
             companions, edited = self._write_kept(key, tensor, codes, kept)
         names = self.storage.part_names(key)
-        payload = codes.view(torch.int32) if self._in_words else codes
-        parts = {names["payload"]: payload.view(stored)}
+        parts = {names["payload"]: payload}
         return Encoded(parts | {names[role]: part for role, part in companions.items()}, edited)
 
     def _write_kept(self, key: str, tensor: Tensor, codes: Tensor, kept: Kept) -> tuple[dict[str, Tensor], int]:
         """Fill `codes` as they were kept, edited blocks anew; gives the companions and the number of edited blocks."""
-        grid, factors = self._grid(codes.shape), self._factors(kept.parts)
+        grid = self._grid(codes.shape)
         values, flat = tensor.view(self._wide(grid)), codes.view(grid.elements)
-        kernel = BlockKernel(self.element, grid, factors.values, kept.dtype, factors.powers)
+        kernel = BlockKernel(self.element, grid, self._factors(grid, kept.parts), kept.dtype)
         kernel.encode(values, flat)
         kernel.restore(flat, values, kept.codes, kept.where)
         edited = kernel.unlike(flat, values)
@@ -222,69 +218,57 @@ class BlockScaled(Codec):
 
         Blocks that are not picked keep their scales of `before`, as does the global scale, unless it is too small.
         """
-        grid, values, largest = self._measured(key, tensor, codes, only)
-        companions = self._fresh_companions(tensor, largest, before or {})
-        if only is not None and before is not None:
-            if self._overflows(companions, largest, only):
-                return self._write_anew(key, tensor, codes)
-            scale, kept = companions["scale"], before["scale"]
-            picked = only.view(scale.shape)
-            companions["scale"] = torch.where(picked, as_bits(scale), as_bits(kept)).view(scale.dtype)
-        factors = self._factors(companions)
-        kernel = BlockKernel(self.element, grid, factors.values, tensor.dtype, factors.powers)
-        kernel.encode(values, codes.view(grid.elements), only)
-        return companions
-
-    def _measured(
-        self, key: str, tensor: Tensor, codes: Tensor, only: Tensor | None
-    ) -> tuple[BlockGrid, Tensor, Tensor]:
-        """The blocks of a tensor, its values in their shape, and each one's largest; D403 for what no code holds."""
         grid = self._grid(codes.shape)
-        values = tensor.view(self._wide(grid))
-        largest, finite = largest_magnitudes(grid, values, self.element.per)
-        place = None if finite else first_unholdable(self.element, grid, values, only)
+        values, flat = tensor.view(self._wide(grid)), codes.view(grid.elements)
+        companions = self._companions_to_fill(tensor, Largest(self.element, grid, values), before)
+        factors = self._factors(grid, companions)
+        outgrown = []
+
+        def choose(band: Tile, largest: Tensor) -> Tensor:
+            scale = self._fresh_scale(largest, factors.whole(band), companions["scale"].dtype)
+            if only is not None and factors.whole(band) is not None:
+                reach = factors.made(scale, band) * self.element.largest
+                if bool((band.grid_rows(only) & (largest > reach * 1.0625)).any()):
+                    outgrown.append(band)
+            return scale
+
+        kernel = BlockKernel(self.element, grid, factors, tensor.dtype)
+        if not quantise(kernel, values, flat, choose, only):
+            self._refuse_unholdable(key, tensor, first_unholdable(self.element, grid, values, only))
+        return self._write_anew(key, tensor, codes) if outgrown else companions
+
+    def _refuse_unholdable(self, key: str, tensor: Tensor, place: int | None) -> None:
+        """D403 for the value at a flat place, if there is one that no code stands for."""
         if place is not None:
             found = f"element {unflatten_index(place, tensor.shape)} is {tensor.flatten()[place].item()}"
             raise ConversionError("D403", f"{self.payload(key)}: {found}, which {self.element.name} cannot hold")
-        return grid, values, largest
 
-    def _fresh_companions(self, tensor: Tensor, largest: Tensor, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Scales for blocks with these largest magnitudes, in the dtypes and under the global scale of `before`."""
+    def _companions_to_fill(
+        self, tensor: Tensor, largest: Largest, before: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        """Copies of the companions of `before`; or new ones, their scales not yet chosen."""
+        if before is not None:
+            return {role: part.clone() for role, part in before.items()}
         shapes = self.storage.part_shapes(tuple(tensor.shape))
-        dtype = before["scale"].dtype if before else self.scale_dtypes[0]
-        ratio = self.element.fresh_ratio(largest)
-        made: dict[str, Tensor] = {}
+        made = {"scale": torch.empty(shapes["scale"], dtype=self.scale_dtypes[0], device=tensor.device)}
         if "global" in shapes:
-            made["global"] = before["global"] if before else self._fresh_global(ratio, shapes["global"])
-            whole = self._per_block(made["global"], ratio)
+            # Under the largest scale that there is, the largest code means the largest value of each matrix.
+            most = self.element.reach * torch.finfo(self.scale_dtypes[0]).max
+            largest_of_each = largest.of_matrices(max(1, torch.Size(shapes["global"]).numel()))
+            whole = written_global(largest_of_each, most, self.storage.global_inverse)
+            made["global"] = whole.view(shapes["global"])
+        if "shape" in shapes:
+            made["shape"] = torch.tensor(tensor.shape, dtype=torch.int64, device=tensor.device)
+        return made
+
+    def _fresh_scale(self, largest: Tensor, whole: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Scales to store for blocks with these largest magnitudes, under the scale over them, if there is one."""
+        ratio = self.element.fresh_ratio(largest)
+        if whole is not None:
             ratio = ratio * whole if self.storage.global_inverse else ratio / whole
         if is_power_dtype(dtype):
-            scale = written_powers(largest, ratio, self.element.top_exponent, self.storage.rule).view(dtype)
-        else:
-            scale = written_scale(reciprocal(ratio) if self.storage.inverse else ratio, dtype)
-        made["scale"] = scale.view(shapes["scale"])
-        if "shape" in shapes:
-            size = torch.tensor(tensor.shape, dtype=torch.int64, device=tensor.device)
-            made["shape"] = before.get("shape", size)
-        return {role: made[role] for role in shapes if role != "payload"}
-
-    def _fresh_global(self, ratio: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The scale over the scales of each matrix: the largest of them becomes the largest that their dtype holds."""
-        matrices = max(1, torch.Size(shape).numel())
-        whole = written_global(ratio.reshape(matrices, -1).amax(-1), self.scale_dtypes[0], self.storage.global_inverse)
-        return whole.view(shape)
-
-    def _per_block(self, whole: Tensor, grid: Tensor) -> Tensor:
-        """A global scale for each block of a grid, in the grid's shape."""
-        each = whole.reshape(-1, 1).expand(-1, max(1, grid.numel() // max(1, whole.numel())))
-        return each.reshape(grid.shape)
-
-    def _overflows(self, companions: Mapping[str, Tensor], largest: Tensor, only: Tensor) -> bool:
-        """Whether blocks that were edited have grown beyond what the kept global scale lets their scales reach."""
-        if "global" not in companions:
-            return False
-        reach = self._factors(companions).values.reshape(largest.shape) * self.element.largest
-        return bool((only & (largest > reach * 1.0625)).any())
+            return written_powers(largest, ratio, self.element.top_exponent, self.storage.rule).view(dtype)
+        return written_scale(reciprocal(ratio) if self.storage.inverse else ratio, dtype)
 
     def _blank(self, tensor: Tensor) -> dict[str, Tensor]:
         """The companions of no blocks: ones for an empty tensor, shape and dtype alone on `meta`."""
@@ -300,18 +284,15 @@ class BlockScaled(Codec):
 
     # --- within ---
 
-    def _factors(self, parts: Mapping[str, Tensor]) -> Factors:
+    def _factors(self, grid: BlockGrid, parts: Mapping[str, Tensor]) -> BlockFactors:
         """What codes are multiplied with, by the companions of a whole tensor or a slice."""
-        scale = parts["scale"]
-        values = scale_values(scale)
-        powers = scale.view(torch.uint8) if is_power_dtype(scale.dtype) else None
-        if self.storage.inverse:
-            values, powers = reciprocal(values), None
-        whole = parts.get("global")
-        if whole is None:
-            return Factors(values, powers)
-        over = self._per_block(whole, values)
-        return Factors(values / over if self.storage.global_inverse else values * over, None)
+        return BlockFactors(
+            grid,
+            parts["scale"],
+            parts.get("global"),
+            inverse=self.storage.inverse,
+            whole_inverse=self.storage.global_inverse,
+        )
 
     def _codes(self, payload: Tensor) -> Tensor:
         """The payload as bytes of packed elements, `[..., rows, bytes]`."""
@@ -342,3 +323,8 @@ class BlockScaled(Codec):
             accepted = {DTYPE_BY_SPELLING[word] for word in dtypes[role]}
             if part is None or part.dtype not in accepted or tuple(part.shape) != shapes[role]:
                 raise ConversionError("R607", f"{name}: the complement holds no {role} of this shape and dtype")
+
+
+def _of_matrix(scales: Tensor, place: int) -> Tensor:
+    """The scales of one matrix of several; one scale may be that of all."""
+    return scales[place] if scales.numel() > 1 else scales

@@ -24,6 +24,7 @@ class Element(ABC):
     per: int = 1
     table_size: int = 0  # codes that a table can list; 0: too many, decode by multiplication
     largest: float = math.inf  # magnitude of a finite code
+    reach: float = math.inf  # magnitude that new scales give the largest value of a block
     top_exponent: int = 0  # of the largest power of two
 
     @abstractmethod
@@ -35,12 +36,15 @@ class Element(ABC):
         """Decode `[..., w]` stored elements to `[..., w * per]` values of `dtype`; `factors` are `[..., 1]`."""
 
     @abstractmethod
-    def write(self, values: Tensor, factors: Tensor, stored: torch.dtype) -> Tensor:
-        """Divide `[..., w * per]` values by their scales and round: `[..., w]` elements of the dtype `stored`."""
+    def write(self, values: Tensor, factors: Tensor, stored: torch.dtype, scratch: Tensor | None = None) -> Tensor:
+        """Divide `[..., w * per]` values by their scales and round: `[..., w]` elements of the dtype `stored`.
 
-    @abstractmethod
+        `scratch` is float32 memory of as many elements as there are values, or none.
+        """
+
     def fresh_ratio(self, largest: Tensor) -> Tensor:
         """The scale, before it is rounded to its dtype, of blocks with these largest finite magnitudes (float32)."""
+        return largest / self.reach
 
     @abstractmethod
     def cannot_hold(self, values: Tensor) -> Tensor:
@@ -90,7 +94,8 @@ class TableElement(Element):
     def packed(self, codes: Tensor, stored: torch.dtype) -> Tensor:
         """Codes, one in each uint8 of the last dimension, put `per` into a byte."""
         if self.per == 2:
-            codes = codes[..., 0::2] | codes[..., 1::2] << 4
+            pairs = codes.contiguous().view(torch.int16)
+            codes = (pairs | pairs >> 4).to(torch.uint8)
         return codes.view(stored)
 
     def reproduces(self, codes: Tensor, factors: Tensor, dtype: torch.dtype) -> bool:
@@ -113,10 +118,21 @@ class TableElement(Element):
 
 
 class MiniFloat(TableElement):
-    """A float of eight bits or fewer; `values` are those of its positive codes, the negative ones follow."""
+    """A float of eight bits or fewer, a sign among them; `specials` are positive codes that mean something else."""
 
-    def __init__(self, name: str, dtype: torch.dtype, values: list[float], per: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        exponent_bits: int,
+        mantissa_bits: int,
+        specials: dict[int, float],
+        per: int = 1,
+    ) -> None:
+        self.exponent_bits, self.mantissa_bits = exponent_bits, mantissa_bits
+        self.magnitudes = values = _minifloat_values(exponent_bits, mantissa_bits, specials)
         super().__init__(name, dtype, values + [math.copysign(value, -1.0) for value in values], per)
+        self.reach = self.largest  # amax / 448, / 57344, / 6
         self.holds_inf = math.inf in values
         self.holds_nan = any(math.isnan(value) for value in values)
         self.top_exponent = math.frexp(self.largest)[1] - 1
@@ -132,19 +148,19 @@ class MiniFloat(TableElement):
             self._rounding_copies[device] = self._rounding.to(device)
         return self._rounding_copies[device]
 
-    def write(self, values: Tensor, factors: Tensor, stored: torch.dtype) -> Tensor:
+    def write(self, values: Tensor, factors: Tensor, stored: torch.dtype, scratch: Tensor | None = None) -> Tensor:
         """Round to nearest, ties to the even code, saturating; NaN keeps its sign, infinity is kept if there is one."""
-        quotient = values.float() / factors
-        codes = self._codes(values.device).index_select(0, _odd_sixteen(quotient).view(-1)).view(values.shape)
+        quotient = _quotient(values, factors, scratch)
+        if self.dtype == torch.float8_e4m3fn:
+            # torch's cast rounds so too, and twice as fast; what is too large it makes NaN.
+            codes = quotient.clamp_(-self.largest, self.largest).to(self.dtype).view(torch.uint8)
+        else:
+            codes = self._codes(values.device).index_select(0, _odd_sixteen(quotient).view(-1)).view(values.shape)
         if self.holds_nan and (codes & 0x7F).max() == 0x7F:
             # Division may lose the sign of a NaN.
             nan = (codes & 0x7F) == 0x7F
             codes[nan] = values[nan].signbit().to(torch.uint8) * 128 + 0x7F
         return self.packed(codes, stored)
-
-    def fresh_ratio(self, largest: Tensor) -> Tensor:
-        """The largest magnitude becomes the largest code: amax / 448, / 57344, / 6."""
-        return largest / self.largest
 
     def cannot_hold(self, values: Tensor) -> Tensor:
         """Infinities where the format has none, NaNs likewise."""
@@ -170,19 +186,16 @@ class Integer(TableElement):
         signed = [float(code - (1 << width) * (code >> width - 1)) for code in codes]
         super().__init__(name, dtype, [float(code + self.low) for code in codes] if offset else signed, per)
         self.top_exponent = bits - 2
+        self.reach = (self.high - self.low) / 2  # half the range: amax / 7.5 and / 127.5, as compressed-tensors
 
-    def write(self, values: Tensor, factors: Tensor, stored: torch.dtype) -> Tensor:
+    def write(self, values: Tensor, factors: Tensor, stored: torch.dtype, scratch: Tensor | None = None) -> Tensor:
         """Round to nearest, ties to even, saturating."""
-        return self.packed(self.rounded(values.float() / factors), stored)
+        return self.packed(self.rounded(_quotient(values, factors, scratch)), stored)
 
     def rounded(self, quotient: Tensor) -> Tensor:
-        """The codes, uint8, nearest to quotients; of a block whose scale is zero, zero."""
-        integers = quotient.nan_to_num(0.0).round().clamp(self.low, self.high) + self.offset
+        """The codes, uint8, nearest to quotients, which are overwritten; of a block whose scale is zero, zero."""
+        integers = quotient.nan_to_num_(0.0).round_().clamp_(self.low, self.high).add_(self.offset)
         return integers.to(torch.int8 if not self.offset else torch.uint8).view(torch.uint8)
-
-    def fresh_ratio(self, largest: Tensor) -> Tensor:
-        """The largest magnitude becomes half the range of codes, amax / 7.5 and amax / 127.5, as compressed-tensors."""
-        return largest / ((self.high - self.low) / 2)
 
     def holds_unwritten(self, codes: Tensor) -> bool:
         """Integers beyond the range of narrow ones that have a byte each."""
@@ -208,7 +221,7 @@ class PlainElement(Element):
         """Payload times scale in float32, rounded once."""
         return round_product(exact_cast(codes, torch.float32), factors, dtype)
 
-    def write(self, values: Tensor, factors: Tensor, stored: torch.dtype) -> Tensor:
+    def write(self, values: Tensor, factors: Tensor, stored: torch.dtype, scratch: Tensor | None = None) -> Tensor:
         """Values over scale in float32, rounded once; NaNs pass, and a scale of one changes no bit."""
         quotient = exact_cast(values.float() / factors, stored)
         return torch.where((factors == 1) | values.isnan(), exact_cast(values, stored), quotient)
@@ -235,6 +248,13 @@ def _minifloat_values(exponent_bits: int, mantissa_bits: int, specials: dict[int
         magnitude = math.ldexp(fraction + steps * (exponent > 0), max(exponent, 1) - bias - mantissa_bits)
         values.append(specials.get(code, magnitude))
     return values
+
+
+def _quotient(values: Tensor, factors: Tensor, scratch: Tensor | None) -> Tensor:
+    """Values over scales in float32, in the scratch if there is any: new memory costs more than dividing."""
+    if scratch is None:
+        return values.float() / factors
+    return scratch[: values.numel()].view(values.shape).copy_(values).div_(factors)
 
 
 def _odd_sixteen(values: Tensor) -> Tensor:
@@ -286,12 +306,12 @@ def element_named(name: str, packed: str) -> Element:
     """
     container = {"i8": torch.int8, "u8": torch.uint8, "i32": torch.uint8}[packed]
     if name == "f8e4m3":
-        return MiniFloat(name, torch.float8_e4m3fn, _minifloat_values(4, 3, {0x7F: math.nan}))
+        return MiniFloat(name, torch.float8_e4m3fn, 4, 3, {0x7F: math.nan})
     if name == "f8e5m2":
         specials = {0x7C: math.inf, 0x7D: math.nan, 0x7E: math.nan, 0x7F: math.nan}
-        return MiniFloat(name, torch.float8_e5m2, _minifloat_values(5, 2, specials))
+        return MiniFloat(name, torch.float8_e5m2, 5, 2, specials)
     if name == "f4e2m1":
-        return MiniFloat(name, container, _minifloat_values(2, 1, {}), per=2)
+        return MiniFloat(name, container, 2, 1, {}, per=2)
     if name in ("i4", "i8"):
         bits = int(name[1:])
         return Integer(name, container, bits, 8 // bits, offset=packed != "i8")

@@ -28,7 +28,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGER_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Explicit mantissa bits of the IEEE-like formats, which have a sign bit first and NaNs at the highest exponent.
-_MANTISSA_BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
+_MANTISSA_BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10, torch.float8_e5m2: 2}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -60,19 +60,30 @@ def quiet_nan_bits(dtype: torch.dtype) -> tuple[int, int]:
 
 
 def holds_nan(tensor: Tensor) -> bool:
-    """Whether a float tensor holds a NaN: its bits without the sign exceed infinity's."""
-    if tensor.is_meta or not tensor.numel():
-        return False
-    width, mantissa = tensor.element_size() * 8, _MANTISSA_BITS[tensor.dtype]
-    infinity = ((1 << (width - 1 - mantissa)) - 1) << mantissa
-    return bool((as_bits(tensor) & ((1 << (width - 1)) - 1)).max() > infinity)
+    """Whether a float tensor holds a NaN."""
+    return _largest_magnitude(tensor) > _infinity(tensor.dtype)
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is infinite or NaN. A bare exponent (e8m0) may be NaN: that is one of its codes."""
-    if tensor.is_meta or not tensor.dtype.is_floating_point or tensor.dtype == torch.float8_e8m0fnu:
+    if not tensor.dtype.is_floating_point or tensor.dtype == torch.float8_e8m0fnu:
         return True
-    return bool(tensor.float().isfinite().all())
+    # e4m3 has no infinity, and one NaN of each sign.
+    limit = 0x7F if tensor.dtype == torch.float8_e4m3fn else _infinity(tensor.dtype)
+    return _largest_magnitude(tensor) < limit
+
+
+def _infinity(dtype: torch.dtype) -> int:
+    """The bits of infinity in an IEEE-like format."""
+    width, mantissa = dtype.itemsize * 8, _MANTISSA_BITS[dtype]
+    return ((1 << (width - 1 - mantissa)) - 1) << mantissa
+
+
+def _largest_magnitude(tensor: Tensor) -> int:
+    """The largest bits without the sign: magnitudes are ordered as their bits are, and integers compared faster."""
+    if tensor.is_meta or not tensor.numel():
+        return -1
+    return int((as_bits(tensor) & ((1 << (tensor.element_size() * 8 - 1)) - 1)).max())
 
 
 def exact_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec, Slice
-from mapdsl.runtime.codecs.block_scaled import BlockScaled, Factors
+from mapdsl.runtime.codecs.block_scaled import BlockScaled
 from mapdsl.runtime.codecs.elements import Integer
 from mapdsl.runtime.codecs.formats import round_product
-from mapdsl.runtime.codecs.scales import reciprocal
+from mapdsl.runtime.codecs.quantise import Largest, first_unholdable
+from mapdsl.runtime.codecs.scales import BlockFactors, reciprocal
 from mapdsl.runtime.codecs.storage import GroupStorage
 from mapdsl.runtime.codecs.strided import copy_strided
 from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS, BlockGrid
+from mapdsl.runtime.errors import ConversionError
 
 
 class GroupInt(BlockScaled):
@@ -37,14 +39,22 @@ class GroupInt(BlockScaled):
         self.element: Integer = Integer(f"i{storage.bits}", torch.int8, storage.bits, 1, offset=False)
         self.scale_dtypes = (torch.float32,)
 
+    def checked_parts(self, key: str, parts: Mapping[str, Tensor], of: Slice | None = None) -> dict[str, Tensor]:
+        """See `Codec.checked_parts`; the groups are equal runs of the whole tensor."""
+        found = super().checked_parts(key, parts, of)
+        problem = self.storage.unfit(tuple(found["payload"].shape) if of is None else tuple(of.shape))
+        if problem is not None:
+            raise ConversionError("R606", f"{self.payload(key)}: {problem}, stored as {self.name}")
+        return found
+
     def _decode(self, parts: Mapping[str, Tensor], values: Tensor, of: Slice | None) -> None:
         """By the block kernel where the whole tensor is decoded in its own order, else position by position."""
         if of is None and values.is_contiguous():
             codes = self._codes(parts["payload"])
-            self._decode_into(codes, self._factors(parts), values.view(codes.shape), (0, 0))
+            self._decode_into(codes, parts, values.view(codes.shape), (0, 0))
             return
         shape, box = (tuple(values.shape), tuple((0, size) for size in values.shape)) if of is None else of
-        factors, run = self._factors(parts).values.flatten(), torch.Size(shape).numel() // self.storage.groups
+        factors, run = self._multipliers(parts).flatten(), torch.Size(shape).numel() // self.storage.groups
         places = [torch.zeros((), dtype=torch.int64, device=values.device)]
         for dim, (start, stop) in enumerate(box):
             stride = torch.Size(shape[dim + 1 :]).numel()
@@ -66,25 +76,29 @@ class GroupInt(BlockScaled):
         before: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """DeepSpeed's quantiser: values times 2**bits / (2 * amax + 1e-5), rounded to even, saturating."""
-        grid, values, largest = self._measured(key, tensor, codes, only)
+        grid = self._grid(codes.shape)
+        values = tensor.view(grid.elements)
+        measured = Largest(self.element, grid, values)
+        largest = torch.cat([measured.of(tiles) for tiles in grid.bands()]).view(grid.blocks)
+        if not measured.all_finite:
+            self._refuse_unholdable(key, tensor, first_unholdable(self.element, grid, values, only))
         multiplier = 2.0**self.storage.bits / (2 * largest + 1e-5)
         scale = multiplier if self.storage.inverse else 1 / multiplier
         if only is not None and before is not None:
             scale = torch.where(only, scale, before["scale"].reshape(scale.shape))
         flat = codes.view(grid.elements)
         for tile in grid.tiles():
-            target, fresh = tile.cut(flat), self.element.rounded(tile.cut(values).float() * tile.blocks(multiplier))
-            picked = (
-                fresh.view(torch.int8)
-                if only is None
-                else torch.where(tile.blocks(only), fresh.view(torch.int8), target)
-            )
-            target.copy_(picked)
+            target, factors = tile.cut(flat), tile.blocks(multiplier)[:, None, :, None]
+            fresh = self.element.rounded(tile.cut(values).float() * factors).view(torch.int8)
+            target.copy_(fresh if only is None else torch.where(tile.blocks(only)[:, None, :, None], fresh, target))
         return {"scale": scale.reshape(self.storage.part_shapes(tuple(tensor.shape))["scale"])}
 
-    def _factors(self, parts: Mapping[str, Tensor]) -> Factors:
+    def _factors(self, grid: BlockGrid, parts: Mapping[str, Tensor]) -> BlockFactors:
+        return BlockFactors(grid, parts["scale"].float(), inverse=self.storage.inverse)
+
+    def _multipliers(self, parts: Mapping[str, Tensor]) -> Tensor:
         scale = parts["scale"].float()
-        return Factors(reciprocal(scale) if self.storage.inverse else scale, None)
+        return reciprocal(scale) if self.storage.inverse else scale
 
     def _codes(self, payload: Tensor) -> Tensor:
         return payload.contiguous().view(self._code_shape(tuple(payload.shape)))

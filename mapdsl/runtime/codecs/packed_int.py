@@ -106,7 +106,7 @@ class PackedInt(Codec):
                 return Kept(self.name, dtype, shape, payload.clone(), None, companions)
         return kept
 
-    def encode(self, key: str, tensor: Tensor, kept: Kept | None = None) -> Encoded:
+    def encode(self, key: str, tensor: Tensor, kept: Kept | None = None, *, out: Tensor | None = None) -> Encoded:
         """What was kept; D406 where nothing was, or where the tensor has changed since."""
         tensor = tensor.detach()
         self.check_working(key, tensor.dtype)
@@ -122,7 +122,9 @@ class PackedInt(Codec):
             payload = torch.empty(size, dtype=form, device=tensor.device)
         else:
             payload = self._requantised(key, tensor, kept) if kept.where is not None else kept.codes.clone()
-        parts = {name: payload} | {n: kept.parts[role].clone() for role, n in self.companions(key).items()}
+        parts = {name: self.written(key, payload, out)} | {
+            n: kept.parts[role].clone() for role, n in self.companions(key).items()
+        }
         if not tensor.is_meta and tensor.numel():
             meant = exact_cast(self.decode(key, parts, kept.dtype), tensor.dtype)
             if bits_differ(meant, tensor.contiguous()):

@@ -140,8 +140,9 @@ class BlockStorage(Storage):
     """`block_scaled` and symmetric `packed_int`: narrow elements, one scale for each block of the last two dimensions.
 
     `packed` is the integer that holds elements of fewer bits, low bits first; `blocks` splits the last dimension into
-    blocks and the bytes of each. `squeeze` leaves whole dimensions out of the scales' shape. Scales multiply, or
-    divide (`inverse`); one more of the whole matrix may stand over them. `rule` rounds scales that are powers.
+    blocks and the bytes of each. `squeeze` leaves whole dimensions out of the scales' shape, and `scale_dims` of size
+    one follow. Scales multiply, or divide (`inverse`); one more of the whole matrix may stand over them. `rule` rounds
+    scales that are powers.
     """
 
     element: str = "f8e4m3"
@@ -149,6 +150,7 @@ class BlockStorage(Storage):
     scale: str = "{stem}.scale"
     scale_dtypes: tuple[str, ...] = ()
     squeeze: bool = False
+    scale_dims: int = 0
     packed: str = "i8"
     blocks: bool = False
     inverse: bool = False
@@ -224,14 +226,16 @@ class BlockStorage(Storage):
 
     def grid(self, shape: Shape) -> Shape:
         """The shape of the scales: a block may be cut off at the edge; `squeeze` leaves out what is one block whole."""
-        return (*shape[:-2], *(1 if b is None else -(-size // b) for size, b in self._blocked(shape)))
+        blocks = (1 if b is None else -(-size // b) for size, b in self._blocked(shape))
+        return (*shape[:-2], *blocks, *(1,) * self.scale_dims)
 
     def cut(self, shape: Shape, box: Box) -> dict[str, Box]:
         batch = box[:-2]
-        scales = zip(box[-2:], self.block[2 - len(box[-2:]) :], strict=True)
+        last = zip(box[-2:], self.block[2 - len(box[-2:]) :], strict=True)
+        scales = [(0, 1) if b is None else _covered(span, b) for span, b in last if self._shown(b)]
         boxes: dict[str, Box] = {
             "payload": self._packed_box(box),
-            "scale": (*batch, *((0, 1) if b is None else _covered(span, b) for span, b in scales if self._shown(b))),
+            "scale": (*batch, *scales, *((0, 1),) * self.scale_dims),
             "global": (*batch, *((0, 1),) * self.global_dims),
             "shape": ((0, len(shape)),),
         }
@@ -276,7 +280,7 @@ class PackedIntStorage(Storage):
     zeros: str = "{stem}.qzeros"
     scale: str = "{stem}.scales"
     order: str = "{stem}.g_idx"
-    zero_offset: int = 1
+    zero_offset: int = 0
     kind: str = field(default="packed_int", init=False)
     dtypes: tuple[str, ...] = field(default=("I32",), init=False)
     amount: float = field(default=0.0, init=False)
@@ -309,7 +313,7 @@ class PackedIntStorage(Storage):
         return None
 
     def logical_shape(self, payload: Shape) -> Shape:
-        rows, columns = payload
+        *_, rows, columns = payload  # a matrix, whatever is found: of anything else the shape differs from it
         return (rows, columns * 32 // self.bits) if self.layout == "awq" else (rows * 32 // self.bits, columns)
 
     def part_dtypes(self) -> dict[str, tuple[str, ...]]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-# 32 values of 16 bits are one cache line of a transposed output; 4,096 of its lines stay in a second-level cache.
-_TILE_ROWS, _TILE_COLUMNS = 32, 4096
+_SMALL = 1 << 10  # elements that a first-level cache holds in any order
+_STRIP = 1 << 21  # elements turned at a time: the scratch of a copy
 
 
 def copy_strided(out: Tensor, source: Tensor) -> None:
-    """Copy a tensor to a view of its shape. Where their fastest dimensions differ, by tiles that a cache holds.
+    """Copy a tensor to a view of its shape, strip by strip where their fastest dimensions differ.
 
-    torch writes a transposed copy element by element over the whole tensor: twenty times slower than memory.
+    Into such a view torch copies element by element over the whole tensor, twenty times slower than memory; a whole
+    matrix it transposes in blocks, and that is copied on.
     """
     into, outof = _fastest(out), _fastest(source)
-    small = into == outof or out.shape[into] * out.shape[outof] < _TILE_ROWS * _TILE_ROWS
-    if small or out.device.type != "cpu":
+    small = into == outof or out.shape[into] * out.shape[outof] < _SMALL
+    if small or out.device.type != "cpu" or out.dtype != source.dtype:
         out.copy_(source)
         return
     if out.ndim > 2:
@@ -23,12 +25,16 @@ def copy_strided(out: Tensor, source: Tensor) -> None:
         for mine, theirs in zip(out.unbind(other), source.unbind(other), strict=True):
             copy_strided(mine, theirs)
         return
-    # Rows run along the output's fast dimension, columns along the source's.
-    target, origin = (out, source) if into == 0 else (out.T, source.T)
-    for row in range(0, target.shape[0], _TILE_ROWS):
-        for column in range(0, target.shape[1], _TILE_COLUMNS):
-            rows, columns = slice(row, row + _TILE_ROWS), slice(column, column + _TILE_COLUMNS)
-            target[rows, columns].copy_(origin[rows, columns])
+    # Rows run along the source's fast dimension, columns along the output's.
+    target, origin = (out.T, source.T) if into == 0 else (out, source)
+    rows, columns = target.shape
+    step = max(1, _STRIP // rows)
+    scratch = torch.empty(rows * min(step, columns), dtype=out.dtype)
+    for column in range(0, columns, step):
+        strip = origin[:, column : column + step]
+        turned = scratch[: strip.numel()].view(strip.shape)
+        turned.copy_(strip.T.contiguous().T)
+        target[:, column : column + step].copy_(turned)
 
 
 def _fastest(tensor: Tensor) -> int:

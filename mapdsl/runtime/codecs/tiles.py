@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -33,11 +34,13 @@ class Tile(NamedTuple):
         columns = slice(self.column * per, (self.column + self.groups * self.width) * per)
         return tensor[self.matrix, rows, columns]
 
+    def grid_rows(self, grid: Tensor) -> Tensor:
+        """The tile's rows of blocks of a `[matrices, grid rows, grid columns]` tensor, as a view."""
+        return grid[self.matrix, self.grid_row : self.grid_row + self.bands]
+
     def blocks(self, grid: Tensor) -> Tensor:
-        """The tile's blocks of a `[matrices, grid rows, grid columns]` tensor, as a view `[bands, 1, groups, 1]`."""
-        rows = slice(self.grid_row, self.grid_row + self.bands)
-        columns = slice(self.grid_column, self.grid_column + self.groups)
-        return grid[self.matrix, rows, columns].view(self.bands, 1, self.groups, 1)
+        """The tile's blocks of such a tensor, as a view `[bands, groups]`."""
+        return self.grid_rows(grid)[:, self.grid_column : self.grid_column + self.groups]
 
 
 class BlockGrid:
@@ -67,19 +70,23 @@ class BlockGrid:
             -(-(self.down + rows) // self.height),
             -(-(self.right + columns) // self.width),
         )
-        self.largest_tile = max(STRIP_ELEMENTS, columns)
 
-    def tiles(self) -> Iterator[Tile]:
+    def bands(self, strip: int = STRIP_ELEMENTS) -> Iterator[list[Tile]]:
+        """The tiles that together hold some whole rows of blocks, for all of them."""
+        for _, tiles in itertools.groupby(self.tiles(strip), key=lambda tile: (tile.matrix, tile.grid_row)):
+            yield list(tiles)
+
+    def tiles(self, strip: int = STRIP_ELEMENTS) -> Iterator[Tile]:
         """All elements, each in one tile; tiles of the same rows of blocks follow each other."""
         spans = list(_runs(self.columns, self.width, self.right))
         for matrix in range(self.matrices):
-            for band in self._bands():
+            for band in self._rows_of_blocks(strip):
                 for column, groups, width, grid_column in spans:
                     yield Tile(matrix, *band, column, groups, width, grid_column)
 
-    def _bands(self) -> Iterator[tuple[int, int, int, int]]:
+    def _rows_of_blocks(self, strip: int) -> Iterator[tuple[int, int, int, int]]:
         """Row, bands, height and grid row of each strip: several rows of blocks, or a slice of one where it is tall."""
-        most = max(1, STRIP_ELEMENTS // max(1, self.columns))
+        most = max(1, strip // max(1, self.columns))
         for first, bands, height, grid_row in _runs(self.rows, self.height, self.down):
             if height > most:
                 for band in range(bands):

@@ -76,7 +76,7 @@ class Cast(OneToOne):
         no_positions = torch.empty(0, dtype=torch.int64, device=stored.device)
         return Kept(self.name, dtype, tuple(stored.shape), stored.new_empty(0), no_positions)
 
-    def encode(self, key: str, tensor: Tensor, kept: Kept | None = None) -> Encoded:
+    def encode(self, key: str, tensor: Tensor, kept: Kept | None = None, *, out: Tensor | None = None) -> Encoded:
         """Round to the codec's dtype; D403 where a finite value would become infinite."""
         tensor = tensor.detach()
         self.check_working(key, tensor.dtype)
@@ -85,7 +85,7 @@ class Cast(OneToOne):
         stored = exact_cast(tensor, self.dtype)
         if not tensor.is_meta and torch.finfo(tensor.dtype).max > torch.finfo(self.dtype).max:
             refuse_where(self, key, tensor, stored.isinf() & ~tensor.isinf(), f"overflows {dtype_name(self.dtype)}")
-        return Encoded({self.payload(key): stored.clone()})
+        return Encoded({self.payload(key): stored.clone() if out is None else self.written(key, stored, out)})
 
 
 class Reversible(OneToOne):
@@ -111,7 +111,7 @@ class Reversible(OneToOne):
                 where.append((as_bits(again) != as_bits(strip)).nonzero().flatten() + start)
         return Kept(self.name, dtype, tuple(stored.shape), *choose_kept(stored, torch.cat(where)))
 
-    def encode(self, key: str, tensor: Tensor, kept: Kept | None = None) -> Encoded:
+    def encode(self, key: str, tensor: Tensor, kept: Kept | None = None, *, out: Tensor | None = None) -> Encoded:
         """The inverse, in the dtype that was read, else in the tensor's; D403 where the change cannot give a value."""
         tensor = tensor.detach().contiguous()
         self.check_working(key, tensor.dtype)
@@ -119,15 +119,15 @@ class Reversible(OneToOne):
             self.check_kept(key, tensor, kept, tuple(tensor.shape))
         stored = self.undo(tensor, tensor.dtype if kept is None else kept.codes.dtype)
         if tensor.is_meta:
-            return Encoded({self.payload(key): stored})
+            return Encoded({self.payload(key): self.written(key, stored, out)})
         self.refuse(key, tensor)
         if kept is None:
-            return Encoded({self.payload(key): stored})
+            return Encoded({self.payload(key): self.written(key, stored, out)})
         back = self._kept_everywhere(stored, kept.to(tensor.device))
         fits = self._means(back, tensor, kept.dtype)
         stored = torch.where(fits, as_bits(back), as_bits(stored)).view(stored.dtype)
         edited = ~self._means(stored, tensor, kept.dtype)
-        return Encoded({self.payload(key): stored}, int(edited.sum()))
+        return Encoded({self.payload(key): self.written(key, stored, out)}, int(edited.sum()))
 
     def _means(self, stored: Tensor, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """A mask of stored elements that decode, in `dtype`, to what the tensor holds, bit by bit."""

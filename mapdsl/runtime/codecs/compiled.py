@@ -1,0 +1,113 @@
+"""Compiled kernels on torch's tensors: `pip install mapdsl[fast]` installs the compiler, numba."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mapdsl.runtime.codecs import numba_kernels
+from mapdsl.runtime.codecs.elements import Integer, MiniFloat, TableElement
+from mapdsl.runtime.codecs.numba_kernels import NONE, Form
+
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+
+
+class CompiledKernels:
+    """See `mapdsl.runtime.codecs.kernels.Kernels`."""
+
+    def decode(
+        self, element: TableElement, codes: Tensor, factors: Tensor, values: Tensor, height: int, width: int
+    ) -> None:
+        """Write the values of a tile."""
+        kernel = numba_kernels.decoder(form_of(element), element.per)
+        kernel(*_rows(codes), *_rows(values), factors.contiguous().numpy(), height, width)
+
+    def encode(
+        self, element: TableElement, values: Tensor, factors: Tensor, codes: Tensor, height: int, width: int
+    ) -> None:
+        """Write the codes of a tile."""
+        kernel = numba_kernels.encoder(form_of(element), element.per)
+        kernel(*_rows(codes), *_rows(values), factors.contiguous().numpy(), height, width)
+
+    def largest(self, values: Tensor, bands: int, groups: int, height: int, width: int) -> Tensor:
+        """The largest magnitude of each block, float32 `[bands, groups]`; NaNs are the largest."""
+        flat, stride = _rows(values)
+        found = np.zeros((bands, groups), flat.dtype)
+        numba_kernels.largest(flat, stride, height, width, found)
+        bits = torch.from_numpy(found.astype(np.int32, copy=False))
+        return (bits << 16 if values.dtype == torch.bfloat16 else bits).view(torch.float32)
+
+
+@functools.cache
+def form_of(element: TableElement) -> Form:
+    """What the kernels have to know of an element."""
+    if isinstance(element, Integer):
+        return _integer_form(element)
+    assert isinstance(element, MiniFloat)
+    return _float_form(element)
+
+
+def _float_form(element: MiniFloat) -> Form:
+    mantissa, count = element.mantissa_bits, len(element.magnitudes)
+    bits = element.exponent_bits + mantissa
+    bias = 2 ** (element.exponent_bits - 1) - 1
+    step = 2.0 ** (1 - bias - mantissa)
+    finite = [code for code in range(count) if math.isfinite(element.magnitudes[code])]
+    numbers = [code for code in range(count) if not math.isnan(element.magnitudes[code])]
+    infinity = element.magnitudes.index(math.inf) if element.holds_inf else NONE
+    return _form(
+        sign=1 << bits,
+        sign_shift=31 - bits,
+        magnitude=count - 1,
+        step=step,
+        normal=1 << mantissa,
+        shift=23 - mantissa,
+        bias=127 - bias << 23,
+        infinity=infinity,
+        last_read=numbers[-1],
+        last_written=finite[-1],
+        nan=count - 1 if element.holds_nan else NONE,
+        smallest_normal=128 - bias << 23,
+        denormals=2.0**23 * step,
+    )
+
+
+def _integer_form(element: Integer) -> Form:
+    """Integers may be narrower than the bits that hold them: all of those are read, and few values are written."""
+    codes = 2 ** (8 // element.per)
+    return _form(
+        magnitude=codes - 1,
+        flip=0 if element.offset else codes // 2,
+        offset=element.offset or codes // 2,
+        step=1.0,
+        normal=codes,
+        is_integer=1,
+        low=element.low,
+        high=element.high,
+    )
+
+
+def _form(**given: float) -> Form:
+    """A form of these numbers, each in the dtype that the kernels need; what is not given is 0 or `NONE`."""
+    blank = {"infinity": NONE, "last_read": NONE, "last_written": NONE, "nan": NONE}
+    dtypes: dict[str, Any] = {
+        "offset": np.int32,
+        "step": np.float32,
+        "denormals": np.float32,
+        "low": np.float32,
+        "high": np.float32,
+    }
+    return Form(**{name: dtypes.get(name, np.uint32)(given.get(name, blank.get(name, 0))) for name in Form._fields})
+
+
+def _rows(tensor: Tensor) -> tuple[np.ndarray, int]:
+    """A tensor `[rows, columns]`, whose columns lie together, as a flat array of its bits and the distance of rows."""
+    rows, columns = tensor.shape
+    stride = tensor.stride(0) if rows > 1 else columns
+    flat = tensor.as_strided(((rows - 1) * stride + columns,), (1,))
+    return flat.view(_UNSIGNED[tensor.element_size()]).numpy(), stride
