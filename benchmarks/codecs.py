@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.block_scaled import BlockScaled
+from mapdsl.runtime.codecs.kernels import each
 from mapdsl.runtime.codecs.strided import copy_strided
 
 KEY = "layers.0.w1.weight"
@@ -111,15 +112,13 @@ def stack_transposed() -> Iterator[Work]:
     parts = [[FP4.encode(KEY, matrix).parts for matrix in expert] for expert in source]
     decoders = codec_peers.decoders("FP4")
 
+    jobs = [(expert, half) for expert in range(EXPERTS) for half in range(2)]
+
     def copy() -> None:
-        for expert, pair in enumerate(pairs):
-            for half, place in enumerate(pair):
-                copy_strided(place, source[expert, half])
+        each(lambda job: copy_strided(pairs[job[0]][job[1]], source[job]), jobs, joined.device)
 
     def decode() -> None:
-        for expert, pair in enumerate(pairs):
-            for half, place in enumerate(pair):
-                FP4.decode(KEY, parts[expert][half], out=place)
+        each(lambda job: FP4.decode(KEY, parts[job[0]][job[1]], out=pairs[job[0]][job[1]]), jobs, joined.device)
 
     stackers = codec_peers.stackers()
     plain = {peer: lambda stack=stack: stack([list(expert) for expert in source]) for peer, stack in stackers.items()}

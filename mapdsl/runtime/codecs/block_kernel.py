@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.elements import Element, TableElement, power_table
 from mapdsl.runtime.codecs.formats import as_bits, bits_differ, exact_cast, integer_dtype
-from mapdsl.runtime.codecs.kernels import COMPILED_DTYPES, Kernels, compiled_kernels, each
+from mapdsl.runtime.codecs.kernels import COMPILED_DTYPES, compiled_kernels, each
 from mapdsl.runtime.codecs.scales import BlockFactors
+from mapdsl.runtime.codecs.scratch import scratch
 from mapdsl.runtime.codecs.strided import copy_strided
 from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS, BlockGrid, Tile
 
@@ -26,17 +27,14 @@ class BlockKernel:
     """The blocks of one tensor under given scales, decoded to `dtype`.
 
     `codes` are the stored elements, `[matrices, rows, columns]` of the grid; `values` are logical, `per` times as wide.
-    Scratch and tables are reused from tile to tile.
+    Tables are reused from tile to tile.
     """
 
     def __init__(self, element: Element, grid: BlockGrid, factors: BlockFactors, dtype: torch.dtype) -> None:
         self.element, self.grid, self.factors, self.dtype = element, grid, factors, dtype
         elements = grid.elements[0] * grid.elements[1] * grid.elements[2] * element.per
         self.kernels = compiled_kernels(element, dtype, factors.scale.device, elements)
-        self._index = torch.empty(0, dtype=torch.int32, device=factors.scale.device)
-        self._quotients = torch.empty(0, dtype=torch.float32, device=factors.scale.device)
-        self._table_of: tuple[int, ...] = ()
-        self._table = self._index
+        self._tables: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0, device=factors.scale.device))
 
     def decode(self, codes: Tensor, values: Tensor) -> None:
         """Write the logical values, a tensor `[matrices, rows, columns * per]` of `dtype` that may be any view."""
@@ -49,12 +47,12 @@ class BlockKernel:
             else:
                 copy_strided(out, self._read(tile, codes))
 
-        self._on_tiles(work, self._tiles(in_order))
+        each(work, self._tiles(in_order), values.device)
 
     def encode(self, values: Tensor, codes: Tensor, only: Tensor | None = None) -> None:
         """Write the codes nearest to the values under these scales, of the blocks that `only` (of the grid) picks."""
         tiles = self._tiles(only is None)
-        self._on_tiles(lambda tile: self.encode_tile(tile, values, codes, only), tiles)
+        each(lambda tile: self.encode_tile(tile, values, codes, only), tiles, values.device)
 
     def encode_tile(self, tile: Tile, values: Tensor, codes: Tensor, only: Tensor | None = None) -> None:
         """Encode one tile."""
@@ -78,7 +76,7 @@ class BlockKernel:
                     wrong = as_bits(meant) != as_bits(found)
                     tile.blocks(blocks).logical_or_(wrong.amax((1, 3)))
 
-        self._on_tiles(work, self.grid.bands())
+        each(work, self.grid.bands(), codes.device)
         return blocks
 
     def restore(self, codes: Tensor, values: Tensor, kept: Tensor, where: Tensor | None) -> None:
@@ -94,7 +92,7 @@ class BlockKernel:
             fits = _grouped(as_bits(meant) == as_bits(found), self.element.per).all(-1)
             tile.cut(codes).copy_(_where(fits, tile.cut(kept), tile.cut(codes)))
 
-        self._on_tiles(work, self.grid.tiles())
+        each(work, self.grid.tiles(), codes.device)
 
     def irreproducible(self, codes: Tensor) -> Tensor:
         """Flat positions, int64, of the codes that decoding and encoding under the same scales would not give back."""
@@ -108,7 +106,7 @@ class BlockKernel:
                 if wrong.any():
                     found[tile] = self.grid.positions(tile, wrong)
 
-        self._on_tiles(work, self.grid.tiles())
+        each(work, self.grid.tiles(), codes.device)
         return torch.cat([found[tile] for tile in sorted(found)] or [codes.new_empty(0, dtype=torch.int64)])
 
     # --- within ---
@@ -121,16 +119,15 @@ class BlockKernel:
     def _tiles(self, is_direct: bool) -> Iterable[Tile]:
         return self.grid.tiles(self.strip if is_direct else STRIP_ELEMENTS)
 
-    def _on_tiles(self, work: Callable[..., object], items: Iterable[object]) -> None:
-        """Compiled kernels work on several tiles at once; torch's operators share out each of them."""
-        run_on_all(self.kernels, work, items)
-
     def _read(self, tile: Tile, codes: Tensor, out: Tensor | None = None) -> Tensor:
-        """The decoded values of a tile, `[rows, columns * per]`, in `out` if given, whose columns lie together."""
+        """The decoded values of a tile, `[rows, columns * per]`, in `out` if given, whose columns lie together.
+
+        Otherwise they are in scratch, until the next tile is read.
+        """
         per = self.element.per
         if out is None:
             shape = tile.bands * tile.height, tile.groups * tile.width * per
-            out = torch.empty(shape, dtype=self.dtype, device=codes.device)
+            out = scratch("values", shape, self.dtype, codes.device)
         if self.kernels is not None:
             assert isinstance(self.element, TableElement)
             self.kernels.decode(
@@ -138,12 +135,12 @@ class BlockKernel:
             )
             return out
         mine, words = tile.cut(codes), _as_integers(out, per)
-        table, rows = self._table_for(tile)
-        if table is None or words is None:
+        found = None if words is None else self._table_for(tile)
+        if found is None or words is None:
             values = self.element.read(mine, _over(self.factors.of(tile)), self.dtype)
             return out.copy_(values.view(out.shape))
-        self._index = _at_least(mine.numel(), self._index)
-        index = self._index[: mine.numel()].view(mine.shape)
+        table, rows = found
+        index = scratch("index", tuple(mine.shape), torch.int32, codes.device)
         index.copy_(mine.view(torch.uint8)).add_(rows)
         if words.is_contiguous():
             torch.index_select(table, 0, index.view(-1), out=words.view(-1))
@@ -151,34 +148,35 @@ class BlockKernel:
             words.copy_(table.index_select(0, index.view(-1)).view(words.shape))
         return out
 
-    def _table_for(self, tile: Tile) -> tuple[Tensor | None, Tensor]:
+    def _table_for(self, tile: Tile) -> tuple[Tensor, Tensor] | None:
         """The table of products for a tile's blocks, and where each block's 256 entries begin; none if it is dear."""
         element = self.element
         if not isinstance(element, TableElement):
-            return None, self._index
+            return None
         if self.factors.are_powers:
             powers = tile.blocks(self.factors.scale).view(torch.uint8)
             return power_table(element, self.dtype, powers.device), _over(powers.int() * 256)
         if self.grid.height * self.grid.width < _TABLE_PAYS:
-            return None, self._index
+            return None
         # Tables for the bands that follow are made with this one's.
         bands = max(tile.bands, _TABLES // tile.groups)
         first = tile.grid_row - tile.grid_row % bands if tile.bands == 1 else tile.grid_row
         ahead = tile._replace(grid_row=first, bands=min(bands, self.grid.blocks[1] - first))
         wanted = (ahead.matrix, ahead.grid_row, ahead.bands, ahead.grid_column, ahead.groups)
-        if self._table_of != wanted:
-            self._table = element.table(self.factors.of(ahead).flatten(), self.dtype)
-            self._table_of = wanted
-        starts = torch.arange(tile.bands * tile.groups, dtype=torch.int32, device=self._table.device) * 256
+        made_for, table = self._tables
+        if made_for != wanted:
+            table = element.table(self.factors.of(ahead).flatten(), self.dtype)
+            self._tables = wanted, table
+        starts = torch.arange(tile.bands * tile.groups, dtype=torch.int32, device=table.device) * 256
         starts += (tile.grid_row - first) * tile.groups * 256
-        return self._table, _over(starts.view(tile.bands, tile.groups))
+        return table, _over(starts.view(tile.bands, tile.groups))
 
     def _write(self, tile: Tile, values: Tensor, out: Tensor | None = None) -> Tensor:
-        """The codes of a tile of values, `[rows, columns]`, in `out` if given."""
+        """The codes of a tile of values, `[rows, columns]`, in `out` if given, else in scratch."""
         if out is None:
             shape = tile.bands * tile.height, tile.groups * tile.width
             stored = self.element.dtype if isinstance(self.element, TableElement) else values.dtype
-            out = torch.empty(shape, dtype=stored, device=values.device)
+            out = scratch("codes", shape, stored, values.device)
         return self._write_values(tile, tile.flat(values, self.element.per), out)
 
     def _write_values(self, tile: Tile, values: Tensor, out: Tensor) -> Tensor:
@@ -190,8 +188,8 @@ class BlockKernel:
             self.kernels.encode(self.element, values, factors, out, height=tile.height, width=tile.width)
             return out
         blocks = values.reshape(tile.bands, tile.height, tile.groups, tile.width * self.element.per)
-        self._quotients = _at_least(blocks.numel(), self._quotients)
-        fresh = self.element.write(blocks, _over(factors), out.dtype, self._quotients)
+        quotients = scratch("quotients", (blocks.numel(),), torch.float32, values.device)
+        fresh = self.element.write(blocks, _over(factors), out.dtype, quotients)
         return out.copy_(fresh.view(out.shape))
 
     def _meant(self, tile: Tile, codes: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,25 +208,11 @@ class BlockKernel:
         as_bits(codes).view(-1)[where[fits]] = as_bits(kept)[fits]
 
 
-def run_on_all(kernels: Kernels | None, work: Callable[..., object], items: Iterable[object]) -> None:
-    """Do work on each item, on several threads where compiled kernels do it."""
-    if kernels is None:
-        for item in items:
-            work(item)
-    else:
-        each(work, items)
-
-
 def _as_integers(values: Tensor, per: int) -> Tensor | None:
     """The same memory with `per` values as one integer, or None where they do not lie together."""
     if per > 1 and any(place % per for place in (values.storage_offset(), *values.stride()[:-1])):
         return None
     return values.view(integer_dtype(values.element_size() * per))
-
-
-def _at_least(elements: int, scratch: Tensor) -> Tensor:
-    """Scratch of so many elements, or new one like it."""
-    return scratch if scratch.numel() >= elements else scratch.new_empty(elements)
 
 
 def _over(blocks: Tensor) -> Tensor:

@@ -78,18 +78,27 @@ def _loaded() -> Kernels | None:
         return _kernels[0]
 
 
-def each(work: Callable[[T], object], items: Iterable[T]) -> None:
-    """Do work that leaves the interpreter on each item, on as many threads as torch would use."""
-    threads = torch.get_num_threads()
+def each(work: Callable[[T], object], items: Iterable[T], device: torch.device) -> None:
+    """Do work on each item, on as many threads as torch would use for one operator.
+
+    That many operators on small tensors at once, each on one thread, cost less than all threads on one after another.
+    Work may call this again: then it goes on on its own thread. Work for a device that is no CPU is queued by one.
+    """
     given = list(items)
+    alone = device.type != "cpu" or hasattr(_role, "is_worker")
+    threads = 1 if alone else torch.get_num_threads()
     if threads < 2 or len(given) < 2:
         for item in given:
             work(item)
     else:
-        for _ in _pool(threads).map(work, given):
-            pass
+        try:
+            for _ in _pool(threads).map(work, given):
+                pass
+        finally:
+            torch.set_num_threads(threads)  # for threads that start later; workers have said 1
 
 
+_role = threading.local()
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 
@@ -97,8 +106,14 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     """A pool that stays: new threads would have to touch new memory."""
     with _lock:
         if threads not in _pools:
-            _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="mapdsl-codecs")
+            _pools[threads] = ThreadPoolExecutor(threads, "mapdsl-codecs", _mark_worker)
         return _pools[threads]
+
+
+def _mark_worker() -> None:
+    """A worker does all of its work alone."""
+    _role.is_worker = True
+    torch.set_num_threads(1)
 
 
 def _forget_pools() -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mapdsl.runtime.codecs.block_kernel import BlockKernel, run_on_all
+from mapdsl.runtime.codecs.block_kernel import BlockKernel
 from mapdsl.runtime.codecs.elements import Element
 from mapdsl.runtime.codecs.formats import as_bits
-from mapdsl.runtime.codecs.kernels import compiled_kernels
+from mapdsl.runtime.codecs.kernels import compiled_kernels, each
 from mapdsl.runtime.codecs.tiles import BlockGrid, Tile
 
 # Given the first tile of a band and the largest magnitudes of all blocks in it, float32 `[bands, grid columns]`, the
@@ -50,9 +50,11 @@ class Largest:
         """The largest of each of `count` equal parts of the tensor, float32 `[count]`."""
         matrices, rows, _ = self.grid.blocks
         found = torch.zeros(matrices, rows, 1, dtype=torch.float32, device=self.values.device)
-        run_on_all(
-            self.kernels, lambda tiles: tiles[0].grid_rows(found).copy_(self.of(tiles).amax(1, True)), self.grid.bands()
-        )
+
+        def work(tiles: list[Tile]) -> None:
+            tiles[0].grid_rows(found).copy_(self.of(tiles).amax(1, True))
+
+        each(work, self.grid.bands(), found.device)
         return found.view(count, -1).amax(-1)
 
 
@@ -82,7 +84,7 @@ def quantise(
         for tile in tiles:
             kernel.encode_tile(tile, values, codes, only)
 
-    run_on_all(kernel.kernels, work, kernel.grid.bands(kernel.strip))
+    each(work, kernel.grid.bands(kernel.strip), values.device)
     return largest.all_finite
 
 

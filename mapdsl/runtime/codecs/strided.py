@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from mapdsl.runtime.codecs.kernels import each
+from mapdsl.runtime.codecs.scratch import scratch
+
 _SMALL = 1 << 10  # elements that a first-level cache holds in any order
-_STRIP = 1 << 21  # elements turned at a time: the scratch of a copy
+_STRIP = 1 << 20  # elements turned at a time: the scratch of a copy
 
 
 def copy_strided(out: Tensor, source: Tensor) -> None:
@@ -29,12 +31,14 @@ def copy_strided(out: Tensor, source: Tensor) -> None:
     target, origin = (out.T, source.T) if into == 0 else (out, source)
     rows, columns = target.shape
     step = max(1, _STRIP // rows)
-    scratch = torch.empty(rows * min(step, columns), dtype=out.dtype)
-    for column in range(0, columns, step):
+
+    def work(column: int) -> None:
         strip = origin[:, column : column + step]
-        turned = scratch[: strip.numel()].view(strip.shape)
+        turned = scratch("turned", tuple(strip.shape), out.dtype, out.device)
         turned.copy_(strip.T.contiguous().T)
         target[:, column : column + step].copy_(turned)
+
+    each(work, range(0, columns, step), out.device)
 
 
 def _fastest(tensor: Tensor) -> int:
