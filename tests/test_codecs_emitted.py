@@ -10,8 +10,9 @@ import pytest
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.block_scaled import BlockScaled
 from mapdsl.runtime.codecs.group_int import GroupInt
+from mapdsl.runtime.codecs.integer_storage import GroupStorage, PackedIntStorage
 from mapdsl.runtime.codecs.packed_int import PackedInt
-from mapdsl.runtime.codecs.storage import BlockStorage, GroupStorage, PackedIntStorage, Storage
+from mapdsl.runtime.codecs.storage import BlockStorage, Storage
 from tests.helpers.execution import map_of
 
 PAIRS: list[tuple[type[Codec], type[Storage]]] = [

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mapdsl.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mapdsl.runtime.codecs.storage import BlockStorage, PackedIntStorage, Storage
+from mapdsl.runtime.codecs.integer_storage import PackedIntStorage
+from mapdsl.runtime.codecs.storage import BlockStorage, Storage
 
 LISTINGS = sorted((Path(__file__).parent / "data" / "listings").glob("*.list"))
 INVERSE = {"element": "f8e4m3", "block": (128, 128), "scale": "{key}_scale_inv"}

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from mapdsl.compiler import ir
 from mapdsl.language.source import Span
+from mapdsl.runtime.codecs.integer_storage import GroupStorage, PackedIntStorage
 from mapdsl.runtime.codecs.storage import (
     DTYPES,
     FLOAT_SCALES,
     POWERS,
     SCALES,
     BlockStorage,
-    GroupStorage,
-    PackedIntStorage,
     Storage,
     Stored,
 )

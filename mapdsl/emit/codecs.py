@@ -8,7 +8,8 @@ from mapdsl.compiler import ir
 from mapdsl.compiler.codecs import parse_codec
 from mapdsl.emit.expressions import quoted
 from mapdsl.emit.layout import Bracketed, call
-from mapdsl.runtime.codecs.storage import BlockStorage, GroupStorage, PackedIntStorage
+from mapdsl.runtime.codecs.integer_storage import GroupStorage, PackedIntStorage
+from mapdsl.runtime.codecs.storage import BlockStorage
 
 # The runtime's class, and the fields that it takes by position.
 _CLASSES = {

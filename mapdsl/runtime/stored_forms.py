@@ -26,6 +26,7 @@ class StoredForms(StateNames):
         super().__init__(tensors, spelled)
         self.tensors = tensors
         self._device: torch.device | None = None
+        self._alternatives: dict[str, Codec | Raw] = {}  # of the group at hand
 
     @property
     def device(self) -> torch.device | None:
@@ -36,6 +37,11 @@ class StoredForms(StateNames):
         """The alternative that a stored tensor is in, by the companions beside it, and the dtypes and shapes of all."""
         if stored is AS_IS:
             return RAW
+        if name not in self._alternatives:
+            self._alternatives[name] = self._recognised(name, stored)
+        return self._alternatives[name]
+
+    def _recognised(self, name: str, stored: Alternatives) -> Codec | Raw:
         payloads = {c.payload(name) for c in stored if isinstance(c, Codec)} | ({name} if RAW in stored else set())
         there = [payload for payload in payloads if payload in self]
         claimed, recognised = None, []

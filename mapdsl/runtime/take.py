@@ -291,7 +291,7 @@ class Take(StoredForms):
         self._members = {
             name: Member(names[0], stored, shape, sizes, into) for names, shape, stored in operands for name in names
         }
-        self._shapes = {}
+        self._shapes, self._alternatives = {}, {}
         self._last = None
         self._firsts = [names[0] for names, _, _ in operands if names]
         members = self._members

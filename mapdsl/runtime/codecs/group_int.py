@@ -11,9 +11,9 @@ from mapdsl.runtime.codecs.base import Codec, Slice
 from mapdsl.runtime.codecs.block_scaled import BlockScaled
 from mapdsl.runtime.codecs.elements import Integer
 from mapdsl.runtime.codecs.formats import round_product
+from mapdsl.runtime.codecs.integer_storage import GroupStorage
 from mapdsl.runtime.codecs.quantise import Largest, first_unholdable
 from mapdsl.runtime.codecs.scales import BlockFactors, reciprocal
-from mapdsl.runtime.codecs.storage import GroupStorage
 from mapdsl.runtime.codecs.strided import copy_strided
 from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS, BlockGrid
 from mapdsl.runtime.errors import ConversionError

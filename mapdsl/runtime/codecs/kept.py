@@ -84,6 +84,8 @@ def choose_kept(payload: Tensor, where: Tensor) -> tuple[Tensor, Tensor | None]:
     """`codes` and `where` of a `Kept` from the positions that do not come back: the whole payload if that is less."""
     if len(where) * (8 + payload.element_size()) >= payload.nbytes > 0:
         return payload.clone(memory_format=torch.contiguous_format), None
+    if not len(where):  # nearly always; picking none costs as much as picking some
+        return payload.new_empty(0), where
     return payload.flatten()[where].clone(), where
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec, Encoded, Slice
 from mapdsl.runtime.codecs.formats import bits_differ, exact_cast, round_product
+from mapdsl.runtime.codecs.integer_storage import PackedIntStorage
 from mapdsl.runtime.codecs.kept import Kept
-from mapdsl.runtime.codecs.storage import PackedIntStorage
 from mapdsl.runtime.codecs.strided import copy_strided
 from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS
 from mapdsl.runtime.errors import ConversionError
