@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mapdsl.checkpoint.compare import Comparison, compare
     from mapdsl.checkpoint.convert import Conversion, convert
+    from mapdsl.checkpoint.verify import Verification, verify
     from mapdsl.language.diagnostics import Diagnostic, MapError
     from mapdsl.map import Map, load
     from mapdsl.runtime.adapter import Adapter
@@ -14,25 +16,33 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
+    "Comparison",
     "Conversion",
     "ConversionError",
     "Diagnostic",
     "Map",
     "MapError",
+    "Verification",
     "__version__",
+    "compare",
     "convert",
     "load",
+    "verify",
 ]
 
 _HOMES = {
     "Adapter": "mapdsl.runtime.adapter",
+    "Comparison": "mapdsl.checkpoint.compare",
     "Conversion": "mapdsl.checkpoint.convert",
     "ConversionError": "mapdsl.runtime.errors",
     "Diagnostic": "mapdsl.language.diagnostics",
     "Map": "mapdsl.map",
     "MapError": "mapdsl.language.diagnostics",
+    "Verification": "mapdsl.checkpoint.verify",
+    "compare": "mapdsl.checkpoint.compare",
     "convert": "mapdsl.checkpoint.convert",
     "load": "mapdsl.map",
+    "verify": "mapdsl.checkpoint.verify",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -235,6 +236,62 @@ def test_without_numba(tmp_path: Path, wish: str, printed: str) -> None:
         env={**os.environ, "MAPDSL_KERNELS": wish},
     )
     assert printed in done.stdout
+
+
+@pytest.mark.parametrize("wish", ["torch", "compiled"])
+def test_memory_with_one_place_for_several_elements(monkeypatch: pytest.MonkeyPatch, wish: str) -> None:
+    monkeypatch.setenv("MAPDSL_KERNELS", wish)
+    codec = BlockScaled("c", "f8e4m3", (128, 128))
+    parts = codec.encode(KEY, torch.randn(256, 256)).parts
+    with pytest.raises(ConversionError, match="w: `out` has one place for several elements"):
+        codec.decode(KEY, parts, out=torch.empty(1, 256).expand(256, 256))
+
+
+def test_a_numba_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise SystemError("initialization of _internal failed")
+
+    monkeypatch.setattr(kernels, "_kernels", [])
+    monkeypatch.setattr(kernels.importlib, "import_module", fail)
+    monkeypatch.setenv("MAPDSL_KERNELS", "auto")
+    codec, values = BlockScaled("c", "f8e4m3", (128, 128)), torch.randn(1024, 1024)
+    with pytest.warns(UserWarning, match="numba is installed and cannot be imported.*_internal failed"):
+        codec.encode(KEY, values)
+    monkeypatch.setenv("MAPDSL_KERNELS", "compiled")
+    with pytest.raises(ConversionError, match="MAPDSL_KERNELS is compiled, and numba cannot be imported: .*_internal"):
+        codec.encode(KEY, values)
+
+
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code that cannot be kept is compiled all the same."""
+    from numba.core.caching import IndexDataCacheFile
+
+    from mapdsl.runtime.codecs import numba_kernels
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(IndexDataCacheFile, "load", lambda *arguments: None)
+    monkeypatch.setattr(IndexDataCacheFile, "save", fail)
+    codec, values = BlockScaled("c", "f8e4m3", (128, 128)), torch.randn(256, 256).bfloat16()
+    numba_kernels.measurer.cache_clear()
+    equal(*both(monkeypatch, lambda: codec.encode(KEY, values)))
+
+
+CACHED = """
+import torch
+from mapdsl.runtime.codecs.block_scaled import BlockScaled
+parts = {"w": torch.ones(256, 256).to(torch.float8_e4m3fn), "scale": torch.ones(2, 2)}
+for dtype in (torch.bfloat16, torch.float32):
+    BlockScaled("c", "f8e4m3", (128, 128)).decode("w", parts, dtype)
+"""
+
+
+def test_each_kernel_is_kept_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """numba numbers the kernels of one name; processes that compile at once may take one number for two of them."""
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "MAPDSL_KERNELS": "compiled"}
+    subprocess.run([sys.executable, "-c", CACHED], check=True, env=env)
+    assert len(list(tmp_path.rglob("*.1.nbc"))) == len(list(tmp_path.rglob("*.nbc"))) == 2
 
 
 def tried(work: Callable[[], Encoded]) -> Encoded | str:

@@ -22,7 +22,8 @@ from conversions import (
 import mapdsl
 from mapdsl.checkpoint.checkpoint import open_checkpoint
 from mapdsl.checkpoint.convert import size_in_bytes
-from mapdsl.checkpoint.passes import OptionError, Request, choose_plan
+from mapdsl.checkpoint.direction import choose_plan
+from mapdsl.checkpoint.passes import OptionError, Request
 from mapdsl.checkpoint.sidecar import SIDE_FILE
 from mapdsl.checkpoint.tensors import LazyState, dtype_name
 from mapdsl.demo import random_state

@@ -127,10 +127,13 @@ def test_a_disk_that_becomes_full_for_the_side_file(tmp_path, monkeypatch):
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mapdsl.checkpoint.sidecar.tempfile.TemporaryFile", full)
-    found = refused(source, tmp_path / "out")
+    monkeypatch.setattr("mapdsl.checkpoint.sidecar.SideWriter._spool", full)
+    with pytest.raises(MapError) as caught:
+        mapdsl.convert(source, tmp_path / "out", MAP)
+    found = only(caught.value)
     assert found.code == "C507"
-    assert "no space left" in found.message
+    assert "no space left" in found.message and "--resume" in found.help
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_listing_has_no_data(tmp_path):
@@ -300,22 +303,25 @@ def test_names_of_both_sides(tmp_path):
 
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt, SystemExit, ZeroDivisionError])
-def test_nothing_is_left_of_an_interrupted_conversion(problem, tmp_path, monkeypatch):
+def test_what_an_interrupted_conversion_has_done_is_left(problem, tmp_path, monkeypatch):
     source = write_tiny(tmp_path / "source")
-    write = writer_module.CheckpointWriter.write
+    begun = writer_module.CheckpointWriter._begun
     seen: list[list[str]] = []
 
     def interrupted(self, name, tensor):
         if name == "model.norm.weight":
             seen.append(sorted(os.listdir(tmp_path)))
             raise problem
-        write(self, name, tensor)
+        return begun(self, name, tensor)
 
-    monkeypatch.setattr(writer_module.CheckpointWriter, "write", interrupted)
+    monkeypatch.setattr(writer_module.CheckpointWriter, "_begun", interrupted)
     with pytest.raises(problem):
         mapdsl.convert(source, tmp_path / "out", MAP)
-    assert len(seen[0]) == 2, "it was under way"
-    assert os.listdir(tmp_path) == ["source"]
+    assert seen[0] == [".out.partial", "source"], "it was under way"
+    # An error of the program itself leaves nothing.
+    assert sorted(os.listdir(tmp_path)) == (
+        ["source"] if issubclass(problem, Exception) else [".out.partial", "source"]
+    )
 
 
 def test_a_terminated_conversion_leaves_nothing(tmp_path, monkeypatch):
@@ -325,7 +331,7 @@ def test_a_terminated_conversion_leaves_nothing(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    monkeypatch.setattr(writer_module.CheckpointWriter, "write", terminated)
+    monkeypatch.setattr(writer_module.CheckpointWriter, "_begun", terminated)
     with pytest.raises(SystemExit) as caught:
         main(["convert", str(source), str(tmp_path / "out"), "--map", NAME])
     assert caught.value.code == 143

@@ -8,22 +8,23 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mapdsl.checkpoint.dcp_metadata import DATA_SUFFIX, METADATA_FILE, SavedTensor, read_saved_state
 from mapdsl.checkpoint.files import bad_file, is_plain_name, leaves_folder, natural_key, read_object, reason
 from mapdsl.checkpoint.headers import StoredTensor, read_header
 from mapdsl.checkpoint.listing import read_json_listing, read_listing
 from mapdsl.language.diagnostics import Diagnostic, MapError
 
-Kind = Literal["safetensors", "torch", "listing"]
+Kind = Literal["safetensors", "torch", "dcp", "listing"]
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _INDEX = ".index.json"
 _SHOWN = 20  # missing files named one by one
-_WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+_WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, DATA_SUFFIX, ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Checkpoint:
     `tensors` are in stored order: file by file, by offset. `metadata` holds each file's `__metadata__`, `files` the
     names of the files with tensors. `config` is `config.json`, or None without one. `other_files` are the names of
     files to carry over to a converted checkpoint (tokenizer, generation config, licence), `refused_files` of those
-    that are not, because they are links that lead out of the folder.
+    that are not, because they are links that lead out of the folder. `left_out` are keys of a torch file or a
+    Distributed Checkpoint that are not part of the model's state. `saved` says where the tensors of a Distributed
+    Checkpoint are.
     """
 
     path: Path
@@ -44,6 +47,8 @@ class Checkpoint:
     files: tuple[str, ...] = ()
     other_files: tuple[str, ...] = ()
     refused_files: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    saved: Mapping[str, SavedTensor] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -60,8 +65,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read the headers of a checkpoint.
 
     `path` is a folder (with one `*.safetensors.index.json`, else all its `*.safetensors`, else `pytorch_model.bin` or
-    its index), an index, one `.safetensors`, one torch file, or a listing (`.list`, `.json`). Beside one file only its
-    config is looked for; `NAME.config.json` goes before `config.json` for listings.
+    its index, else the `.metadata` of a torch Distributed Checkpoint), an index, one `.safetensors`, one torch file, or
+    a listing (`.list`, `.json`). Beside one file only its config is looked for; `NAME.config.json` goes before
+    `config.json` for listings.
 
     Of a folder, `other_files` are the regular files directly in it: no subfolders, no names with a leading dot, no
     weights or indexes of any kind, no `config.json`. Links count if they stay in the folder, or in the `blobs` of the
@@ -94,11 +100,21 @@ def _open(path: Path) -> Checkpoint:
         raise bad_file(path, "there is no such file or folder")
     if name.endswith(_INDEX):
         return _open_index(path, path)
+    if name == METADATA_FILE:
+        return _open_dcp(path.parent)
     if name.endswith((".list", ".json")):
         return _open_listing(path)
     if name.endswith((".safetensors", *TORCH_SUFFIXES)):
         found = _checked(_gather([path]))
-        return Checkpoint(path, _kind(path), found.tensors, _config(path.parent), found.metadata, (name,))
+        return Checkpoint(
+            path,
+            _kind(path),
+            found.tensors,
+            _config(path.parent),
+            found.metadata,
+            (name,),
+            left_out=tuple(found.left_out),
+        )
     kinds = f"a folder, *{_INDEX}, *.safetensors, *.list, *.json, {', '.join('*' + s for s in TORCH_SUFFIXES)}"
     raise bad_file(path, "the name does not say what the file is", advice=f"a checkpoint is one of: {kinds}")
 
@@ -109,6 +125,7 @@ class _Gathered:
 
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
     problems: list[Diagnostic] = field(default_factory=list)
 
 
@@ -128,8 +145,27 @@ def _open_folder(folder: Path) -> Checkpoint:
         shards = [name for name in names if (name == single if single else name.endswith(suffix))]
         if shards:
             return _with_folder(folder, folder, _checked(_gather([folder / name for name in shards])), shards)
+    if (folder / METADATA_FILE).exists():
+        return _open_dcp(folder)
+    raise _no_weights(folder, names)
+
+
+def _no_weights(folder: Path, names: list[str]) -> MapError:
+    """What to say of a folder in which there is nothing to read."""
+    if any(name.endswith(DATA_SUFFIX) for name in names):
+        message = f"the folder holds *{DATA_SUFFIX}, but no {METADATA_FILE} that says what is in them"
+        advice = "torch writes it last, and only where one rank coordinates the others: save again"
+        return bad_file(folder, message, advice)
     message = f"the folder holds no *.safetensors, no *.safetensors{_INDEX} and no pytorch_model.bin"
-    raise bad_file(folder, message, advice="for another file, give its own path")
+    message = f"{message}, nor a torch Distributed Checkpoint's {METADATA_FILE}"
+    return bad_file(folder, message, advice="for another file, give its own path")
+
+
+def _open_dcp(folder: Path) -> Checkpoint:
+    state = read_saved_state(folder)
+    others, refused = _other_files(folder)
+    found = Checkpoint(folder, "dcp", state.stored, _config(folder), {}, state.files, others, refused)
+    return replace(found, left_out=state.left_out, saved=state.saved)
 
 
 def _open_index(path: Path, index: Path) -> Checkpoint:
@@ -153,7 +189,10 @@ def _open_index(path: Path, index: Path) -> Checkpoint:
 def _with_folder(path: Path, folder: Path, found: _Gathered, files: Sequence[str]) -> Checkpoint:
     others, refused = _other_files(folder)
     kind = _kind(folder / files[0]) if files else "safetensors"
-    return Checkpoint(path, kind, found.tensors, _config(folder), found.metadata, tuple(files), others, refused)
+    left_out = tuple(found.left_out)
+    return Checkpoint(
+        path, kind, found.tensors, _config(folder), found.metadata, tuple(files), others, refused, left_out
+    )
 
 
 def _open_listing(path: Path) -> Checkpoint:
@@ -185,10 +224,11 @@ def _gather(paths: Iterable[Path]) -> _Gathered:
     found = _Gathered()
     for path in paths:
         try:
-            tensors, found.metadata[path.name] = _read_file(path)
+            tensors, found.metadata[path.name], left_out = _read_file(path)
         except MapError as problem:
             found.problems += problem.diagnostics
             continue
+        found.left_out += left_out
         twice = [name for name in tensors if name in found.tensors]
         if twice:
             message = f"{_listed(twice)} is stored in {found.tensors[twice[0]].file.name} and again in {path.name}"
@@ -198,13 +238,15 @@ def _gather(paths: Iterable[Path]) -> _Gathered:
     return found
 
 
-def _read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def _read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], tuple[str, ...]]:
+    """Tensors, metadata, and the keys of what is not part of the model's state."""
     if path.name.endswith(TORCH_SUFFIXES):
         from mapdsl.checkpoint.torch_files import read_torch_headers  # imports torch
 
-        return read_torch_headers(path), {}
+        tensors, left_out = read_torch_headers(path)
+        return tensors, {}, left_out
     header = read_header(path)
-    return {tensor.name: tensor for tensor in header.tensors}, header.metadata
+    return {tensor.name: tensor for tensor in header.tensors}, header.metadata, ()
 
 
 def _index_problems(

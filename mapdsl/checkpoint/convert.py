@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mapdsl.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mapdsl.checkpoint.direction import choose_plan
+from mapdsl.checkpoint.engine import convert_tensors
 from mapdsl.checkpoint.files import bad_file, read_text
 from mapdsl.checkpoint.headers import LENGTH_BYTES
+from mapdsl.checkpoint.journal import Journal
 from mapdsl.checkpoint.layout import FileLayout, layout_of, plan_layout
-from mapdsl.checkpoint.passes import OptionError, Plan, Request, choose_plan, origin_of, outputs_of, run_plan
+from mapdsl.checkpoint.passes import OptionError, Plan, Request, origin_of, outputs_of
 from mapdsl.checkpoint.sidecar import SIDE_FILE, Forgetful, SideFile, SideWriter
 from mapdsl.checkpoint.window import Window
 from mapdsl.checkpoint.writer import CheckpointWriter
@@ -26,6 +29,9 @@ from mapdsl.runtime.codecs.formats import DTYPE_BY_NAME, FLOAT_DTYPES, dtype_nam
 
 _INDEX = ".safetensors.index.json"
 _INDEXES = (_INDEX, ".bin.index.json")
+FORMATS = ("safetensors", "dcp")
+"""What checkpoints are written as."""
+
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) *(?:([KMGT])(i?)B)?", re.IGNORECASE)
 
 
@@ -37,7 +43,7 @@ class Conversion:
     keeps (None: none was written); `dropped` are source tensors that the map drops, `edited` counts, by stored name,
     the blocks that were encoded anew. `same_layout` says whether the headers of the checkpoint once read were written
     again (None where there is no side file), `misfit` why not. `left_behind` are names in the source's folder that were
-    not carried over.
+    not carried over, and keys in torch's files of what is not part of the model.
     """
 
     source: Path
@@ -71,6 +77,9 @@ def convert(
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     max_shard_size: int | str = "5GB",
     use_complement: bool = True,
+    format: str = "safetensors",  # noqa: A002 (the command's option)
+    workers: int | None = None,
+    resume: bool = False,
     progress: bool = False,
 ) -> Conversion:
     """Convert a checkpoint, a folder or a file, into a new folder.
@@ -82,8 +91,15 @@ def convert(
     map allows that, or with `quantize` in the map's first format.
 
     `config` is that of the left side's checkpoint; by default the one that the side file holds, else the source's
-    config.json. It becomes the destination's, the source's other files are copied. A destination appears when it is
-    complete; whatever goes wrong, nothing is left of it.
+    config.json. It becomes the destination's, the source's other files are copied. `workers` units (tensors, or stacks
+    of them) are converted at once, by default as many as torch has threads.
+
+    A destination appears when it is complete. A run that was killed, interrupted, or stopped by the file system leaves
+    the hidden folder `.NAME.partial` beside it, with which the same call with `resume` goes on, to the same bytes;
+    after any other error nothing is left.
+
+    `format` is that of the files written, `safetensors` or `dcp`, a torch Distributed Checkpoint; that of the source is
+    found by itself.
 
     Raises a MapError: an error of the map, of the checkpoint (codes C and R) or of the file system (C507); an
     OptionError for an option that means nothing for the direction.
@@ -97,6 +113,7 @@ def convert(
         dict(params or {}),
         config if config is None or isinstance(config, Mapping) else Path(config),
         use_complement,
+        _format(format),
     )
     shard_bytes = size_in_bytes(max_shard_size)
     plan = choose_plan(request, to)
@@ -104,7 +121,9 @@ def convert(
     layout = plan.restored
     if layout is None:
         layout = plan_layout(outputs_of(plan, {}), max_shard_bytes=shard_bytes)
-    return _write(plan, layout, Path(destination), progress=progress, started=started)
+    journal = Journal(Path(destination), _identity(plan, layout), resume=resume)
+    workers = workers or torch.get_num_threads()
+    return _write(plan, layout, journal, workers=workers, progress=progress, started=started)
 
 
 def size_in_bytes(text: int | str) -> int:
@@ -144,6 +163,12 @@ def _dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
+def _format(name: str) -> str:
+    if name not in FORMATS:
+        raise OptionError(f"a checkpoint is written as one of {', '.join(FORMATS)}, not {name!r:.80}")
+    return name
+
+
 def _check_options(plan: Plan) -> None:
     left, right = plan.request.sides
     if plan.to_right and plan.request.quantize:
@@ -152,22 +177,41 @@ def _check_options(plan: Plan) -> None:
         raise OptionError(f"--dtype is for the way to {right}, where tensors are decoded; this goes to {left}")
 
 
-def _write(plan: Plan, layout: list[FileLayout], destination: Path, *, progress: bool, started: float) -> Conversion:
+def _identity(plan: Plan, layout: list[FileLayout]) -> dict[str, str]:
+    """What must be the same for a conversion to go on where another ended."""
+    request, checkpoint = plan.request, plan.request.checkpoint
+    places = [(tensor.name, tensor.dtype, tensor.shape, tensor.begin) for tensor in checkpoint.tensors.values()]
+    states = [(name, os.stat(checkpoint.folder / name)) for name in sorted(checkpoint.files)]
+    files = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    options = (plan.to_right, str(request.dtype), request.quantize, request.use_complement, request.format)
+    found = {
+        "the source": (str(checkpoint.path.resolve()), places, files),
+        "the map": request.map_hash,
+        "the config, or a param,": (plan.config_text, sorted((name, repr(v)) for name, v in request.params.items())),
+        "an option": (options, plan.side is not None),
+        "the size of shards": [hashlib.sha256(file.header).hexdigest() for file in layout],
+    }
+    return {what: hashlib.sha256(repr(value).encode("utf-8")).hexdigest() for what, value in found.items()}
+
+
+def _write(
+    plan: Plan, layout: list[FileLayout], journal: Journal, *, workers: int, progress: bool, started: float
+) -> Conversion:
     """The pass over the tensors, into a writer; commits it when all went well."""
-    checkpoint = plan.request.checkpoint
+    checkpoint, destination = plan.request.checkpoint, journal.destination
     keeps = plan.to_right and plan.request.use_complement
-    kept = SideWriter(destination) if keeps else None
-    same_index = plan.restored is not None and plan.side is not None
+    kept = SideWriter(destination, journal.folder) if keeps else None
     try:
-        with CheckpointWriter(destination, layout=layout, write_index=not same_index) as writer:
+        with _writer(plan, layout, journal) as writer:
             carried = _carry_over(plan, writer)
-            _write_tensors(plan, writer, kept, progress=progress)
+            _write_tensors(plan, writer, kept, workers=workers, progress=progress, journal=journal)
             if kept is not None:
                 _write_side_file(plan, writer, kept)
             writer.commit()
     finally:
         if kept is not None:
             kept.close()
+        journal.close()
     left, right = plan.request.sides
     return Conversion(
         source=checkpoint.path,
@@ -178,16 +222,26 @@ def _write(plan: Plan, layout: list[FileLayout], destination: Path, *, progress:
         bytes_read=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
         tensors_written=sum(len(file.tensors) for file in layout),
         bytes_written=sum(tensor.nbytes for file in layout for tensor in file.tensors),
-        files=tuple(file.name for file in layout),
+        files=writer.weight_files,
         carried=carried,
         left_behind=_left_behind(checkpoint, carried),
         dropped=tuple(plan.dropped),
         kept_bytes=kept.nbytes if kept is not None else None,
         edited=dict(plan.adapter.complement.edited),
-        same_layout=None if plan.side is None else plan.restored is not None,
-        misfit=plan.misfit,
+        same_layout=None if plan.side is None else plan.restored is not None and writer.keeps_headers,
+        misfit=plan.misfit or ("" if writer.keeps_headers else "Distributed Checkpoints have no safetensors headers"),
         seconds=time.monotonic() - started,
     )
+
+
+def _writer(plan: Plan, layout: list[FileLayout], journal: Journal) -> CheckpointWriter:
+    """The writer for the format that is asked for."""
+    if plan.request.format == "dcp":
+        from mapdsl.checkpoint.dcp_writer import DcpWriter  # imports torch.distributed
+
+        return DcpWriter(journal.destination, layout=layout, journal=journal)
+    same_index = plan.restored is not None and plan.side is not None
+    return CheckpointWriter(journal.destination, layout=layout, write_index=not same_index, journal=journal)
 
 
 def _carry_over(plan: Plan, writer: CheckpointWriter) -> tuple[str, ...]:
@@ -197,35 +251,30 @@ def _carry_over(plan: Plan, writer: CheckpointWriter) -> tuple[str, ...]:
     writer.carry_over(checkpoint, others)
     if plan.config_text is not None:
         writer.write_bytes("config.json", plan.config_text.encode("utf-8"))
-    if plan.restored is not None and plan.side is not None and plan.side.origin.index_name is not None:
+    has_index = plan.restored is not None and plan.side is not None and writer.keeps_headers
+    if has_index and plan.side is not None and plan.side.origin.index_name is not None:
         writer.write_bytes(plan.side.origin.index_name, plan.side.origin.index_text.encode("utf-8"))
     return (*others, "config.json") if plan.config_text is not None else others
 
 
-def _write_tensors(plan: Plan, writer: CheckpointWriter, kept: SideWriter | None, *, progress: bool) -> None:
+def _write_tensors(
+    plan: Plan, writer: CheckpointWriter, kept: SideWriter | None, *, workers: int, progress: bool, journal: Journal
+) -> None:
     """Every tensor to its place, as soon as it is made."""
     from tqdm import tqdm
 
-    state = Window(plan.request.checkpoint)
     total = sum(tensor.nbytes for file in writer.layout for tensor in file.tensors)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress, leave=False)
-
-    def sink(name: str, tensor: Tensor) -> None:
-        writer.write(plan.name_of(name), tensor)
-        bar.update(tensor.nbytes)
-
-    def read_back(name: str) -> Tensor:
-        return writer.read(plan.name_of(name))
-
     entries = plan.side if plan.side is not None else kept if kept is not None else Forgetful()
     with bar:
-        run_plan(plan, state, sink, read_back, entries)
+        convert_tensors(plan, writer, entries, workers=workers, progress=bar.update, journal=journal)
         if kept is not None:
+            state = Window(plan.request.checkpoint)
             for name in plan.dropped:
                 kept.add_stored(name, state[name])
+            state.close()
         if plan.side is not None:
             _write_stored(plan.side, writer)
-    state.close()
 
 
 def _write_stored(side: SideFile, writer: CheckpointWriter) -> None:
@@ -251,9 +300,11 @@ def _index(checkpoint: Checkpoint) -> tuple[str, str] | None:
 
 
 def _left_behind(checkpoint: Checkpoint, carried: tuple[str, ...]) -> tuple[str, ...]:
-    """What else is in the folder of a checkpoint that is a folder: subfolders, other weights, links that lead out."""
+    """What else is there: keys of torch's files that are not the model's; subfolders, other weights, links that lead
+    out of a checkpoint that is a folder."""
     if not checkpoint.path.is_dir():
-        return ()
+        return checkpoint.left_out
     known = {*checkpoint.files, *carried, "config.json", SIDE_FILE}
     names = [name for name in sorted(os.listdir(checkpoint.path)) if name not in known and not name.endswith(_INDEXES)]
-    return tuple(f"{name}/" if (checkpoint.path / name).is_dir() else name for name in names if name[0] != ".")
+    shown = (f"{name}/" if (checkpoint.path / name).is_dir() else name for name in names if name[0] != ".")
+    return (*checkpoint.left_out, *shown)

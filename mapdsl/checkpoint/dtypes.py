@@ -4,34 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from mapdsl.checkpoint.headers import BITS
+from mapdsl.checkpoint.headers import BITS, TORCH_SPELLINGS
 from mapdsl.language.diagnostics import error
 
-_TORCH_NAMES = {
-    "BOOL": "bool",
-    "F4": "float4_e2m1fn_x2",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
-}
-
 TORCH_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, spelling) for name, spelling in _TORCH_NAMES.items() if hasattr(torch, spelling)
+    name: getattr(torch, spelling) for name, spelling in TORCH_SPELLINGS.items() if hasattr(torch, spelling)
 }
 """Safetensors' dtype names to torch's dtypes, as far as this torch has them."""
 
@@ -43,7 +20,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name; a MapError, C504, where torch has none (`F6_E2M3`)."""
     if name in TORCH_DTYPES:
         return TORCH_DTYPES[name]
-    spelling = _TORCH_NAMES.get(name)
+    spelling = TORCH_SPELLINGS.get(name)
     if spelling:
         raise error("C504", f"this torch, {torch.__version__}, has no {spelling} for {name}", help="update torch")
     known = "torch has no such dtype" if name in BITS else f"expected one of {', '.join(BITS)}"
@@ -54,7 +31,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     """Safetensors' name of a torch dtype; a MapError, C504, where it has none (`complex128`, quantized ints)."""
     if dtype in DTYPE_NAMES:
         return DTYPE_NAMES[dtype]
-    raise error("C504", f"safetensors has no dtype for {dtype}", help=f"convert to one of {', '.join(_TORCH_NAMES)}")
+    raise error("C504", f"safetensors has no dtype for {dtype}", help=f"convert to one of {', '.join(TORCH_SPELLINGS)}")
 
 
 def torch_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,8 @@ from mapdsl.checkpoint.dtypes import dtype_name, stored_shape, torch_dtype, torc
 from mapdsl.checkpoint.files import parse_object, read_text
 from mapdsl.checkpoint.layout import Entry, FileLayout
 from mapdsl.checkpoint.sidecar import SIDE_FILE, Forgetful, Origin, SideFile
-from mapdsl.checkpoint.window import Window
+from mapdsl.checkpoint.units import Units
+from mapdsl.checkpoint.window import PlanningWindow, Window
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import MapError, error
 from mapdsl.language.syntax import parse
@@ -49,6 +51,16 @@ class OptionError(ValueError):
     """An option that means nothing for the direction of the conversion."""
 
 
+class _Counting(Forgetful):
+    """Forgets what is kept, but for its size."""
+
+    nbytes = 0
+
+    def __setitem__(self, name: str, entry: Any) -> None:
+        if entry[1] is not None:
+            self.nbytes += sum(part.nbytes for part in entry[1].to_tensors().values())
+
+
 @dataclass(frozen=True)
 class Request:
     """What is to be converted, and how."""
@@ -60,6 +72,7 @@ class Request:
     params: Mapping[str, Any] = field(default_factory=dict)
     config: Path | Mapping[str, Any] | None = None
     use_complement: bool = True
+    format: str = "safetensors"  # of the files to be written; or "dcp"
 
     @property
     def sides(self) -> tuple[str, str]:
@@ -103,8 +116,9 @@ class Plan:
     """What a conversion in one direction will write, as the pass over meta tensors found it.
 
     `entries` are the adapter's outputs in the order in which they will come, `dropped` the tensors that no output comes
-    from. `config_text` is the config of the left side's checkpoint. `restored` are the source's own headers where the
-    side file has them and they fit, `misfit` says why they do not.
+    from, `units` what can be converted apart, `kept_bytes` what the codecs keep, at least. `config_text` is the config
+    of the left side's checkpoint. `restored` are the source's own headers where the side file has them and they fit,
+    `misfit` says why they do not.
     """
 
     request: Request
@@ -113,9 +127,21 @@ class Plan:
     config_text: str | None
     side: SideFile | None
     entries: list[Entry] = field(default_factory=list)
+    units: Units = field(default_factory=Units)
+    kept_bytes: int = 0
     dropped: list[str] = field(default_factory=list)
     restored: list[FileLayout] | None = None
     misfit: str = ""
+
+    @cached_property
+    def forms(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape, as tensors have them, of each output of the adapter."""
+        return {name: (torch_dtype(dtype), torch_shape(dtype, tuple(shape))) for name, dtype, shape in self.entries}
+
+    def nbytes(self, output: str) -> int:
+        """The size of an output of the adapter."""
+        dtype, shape = self.forms[output]
+        return dtype.itemsize * math.prod(shape)
 
     def name_of(self, output: str) -> str:
         """The name under which an output is written: of a restored layout, the legacy spelling that was read."""
@@ -124,113 +150,41 @@ class Plan:
         return output
 
 
-def choose_plan(request: Request, to: str | None) -> Plan:
-    """The plan for the side that is asked for, else for the one whose names the checkpoint does not hold.
-
-    Raises a MapError: whatever speaks against the conversion; where no side is asked for, C501 if neither side's names
-    are there, D407 if both are.
-    """
-    sides = request.sides
-    if to is not None:
-        if to not in sides:
-            raise OptionError(f"the map has the sides {sides[0]} and {sides[1]}, and no `{to}`")
-        return _asked_plan(request, to_right=to == sides[1])
-    plans: list[Plan] = []
-    errors: dict[bool, MapError] = {}
-    for to_right in (True, False):
-        try:
-            plans.append(make_plan(request, to_right=to_right))
-        except MapError as problem:
-            errors[to_right] = problem
-    if len(plans) == 1:
-        return plans[0]
-    if plans:
-        message = f"the names are those of {sides[0]} and of {sides[1]} as well"
-        advice = f"say where to go: --to {sides[0]}, or --to {sides[1]}"
-        raise error("D407", message, subject=str(request.checkpoint.path), help=advice)
-    raise _neither(request, errors)
-
-
-def _asked_plan(request: Request, *, to_right: bool) -> Plan:
-    """The plan for a side that was asked for; where it fails on a checkpoint of that very side, a note says so."""
-    try:
-        return make_plan(request, to_right=to_right)
-    except MapError as problem:
-        there, here = (_hits(request, to_right=way) for way in (not to_right, to_right))
-        if there <= here:
-            raise
-        side, other = request.sides[to_right], request.sides[not to_right]
-        count = f"{there:,} of its {len(request.checkpoint.tensors):,} names"
-        raise _noted(problem, f"{count} are those of the {side} side: did you mean --to {other}?") from None
-
-
-def _noted(problem: MapError, note: str) -> MapError:
+def noted(problem: MapError, note: str) -> MapError:
     """The same error, with one more line of help."""
     *others, last = problem.diagnostics
     return MapError([*others, replace(last, help="\n".join([last.help, note]).strip())])
 
 
-def _neither(request: Request, errors: dict[bool, MapError]) -> MapError:
-    """The error of the side that the checkpoint looks most like; a general one if it looks like neither."""
-    if errors[True] == errors[False]:  # of the config, say, which has nothing to do with sides
-        return errors[True]
-    (left, right), count = request.sides, len(request.checkpoint.tensors)
-    hits = {to_right: _hits(request, to_right=to_right) for to_right in (True, False)}
-    if hits[True] == hits[False]:
-        reasons = [f"{side}: {errors[way].diagnostics[0].message}" for way, side in ((True, left), (False, right))]
-        message = f"the {count:,} tensors are neither those of {left} nor those of {right}"
-        return error("C501", message, subject=str(request.checkpoint.path), help="\n".join(reasons))
-    way = hits[True] > hits[False]
-    side = left if way else right
-    if not hits[not way] and 2 * hits[way] >= count:
-        return errors[way]
-    note = f"this was taken for the {side} side, which has {hits[way]:,} of its {count:,} names; --to says otherwise"
-    return _noted(errors[way], note)
-
-
-def _hits(request: Request, *, to_right: bool) -> int:
-    """How many of the checkpoint's names are among those that the map and the config give to the side it would be."""
-    with contextlib.suppress(MapError, ConversionError):
-        adapter, _ = _adapter(request, None if to_right else _fitting(request))
-        listed: set[str] = set()
-        for quantization in (True, False):
-            listed |= (adapter.left_keys(quantization=quantization) if to_right else adapter.right_keys()).keys()
-        return len(listed & request.checkpoint.tensors.keys())
-    return 0
-
-
-def _fitting(request: Request) -> SideFile | None:
-    """The side file, if there is one and it fits."""
-    try:
-        return request.side_file()
-    except MapError:
-        return None
-
-
 def make_plan(request: Request, *, to_right: bool) -> Plan:
     """Run the conversion over meta tensors. Raises a MapError for whatever speaks against it."""
     side = None if to_right else request.side_file()
-    adapter, text = _adapter(request, side)
+    adapter, text = adapter_of(request, side)
     plan = Plan(request, to_right, adapter, text, side)
     made: dict[str, tuple[str, tuple[int, ...]]] = {}
 
+    state = PlanningWindow(request.checkpoint)
+
     def sink(name: str, tensor: Tensor) -> None:
         made[name] = (dtype_name(tensor.dtype), stored_shape(tensor))
+        state.units.output(name, tensor)
 
     def read_back(name: str) -> Tensor:
         dtype, shape = made[name]
+        state.units.read_back(name)
         return torch.empty(torch_shape(dtype, shape), dtype=torch_dtype(dtype), device="meta")
 
-    state = Window(request.checkpoint, device="meta")
     if side is not None:
         side.is_meta = True
     try:
-        run_plan(plan, state, sink, read_back, side if side is not None else Forgetful())
+        kept = _Counting()
+        run_plan(plan, state, sink, read_back, side if side is not None else kept)
     except MapError as problem:
         if not to_right:
             raise
         raise _with_overview(problem, request) from None
     plan.entries = [(name, dtype, shape) for name, (dtype, shape) in made.items()]
+    plan.units, plan.kept_bytes = state.units.finish(), kept.nbytes
     plan.dropped = [name for name in request.checkpoint.tensors if name not in state.asked]
     if side is not None:
         _restore_layout(plan, side)
@@ -246,7 +200,7 @@ def _with_overview(problem: MapError, request: Request) -> MapError:
     words += ["--config", str(request.config)] if isinstance(request.config, Path) else []
     for name, value in request.params.items():
         words += ["--param", f"{name}={json.dumps(value, default=str)}"]
-    return _noted(problem, f"all that does not fit is listed by: {shlex.join(words)}")
+    return noted(problem, f"all that does not fit is listed by: {shlex.join(words)}")
 
 
 def run_plan(
@@ -255,9 +209,14 @@ def run_plan(
     sink: Callable[[str, Tensor], None],
     read_back: Callable[[str], Tensor],
     entries: MutableMapping[str, Any],
+    adapter: Adapter | None = None,
 ) -> None:
-    """Run the conversion once, over meta tensors or real ones; `entries` are those of the adapter's complement."""
-    request, adapter, complement = plan.request, plan.adapter, plan.adapter.complement
+    """Run the conversion once, over meta tensors or real ones; `entries` are those of the adapter's complement.
+
+    `adapter` is by default the plan's own; each thread needs another.
+    """
+    request, adapter = plan.request, plan.adapter if adapter is None else adapter
+    complement = adapter.complement
     complement.entries, complement.right = entries, Forgetful()
     if plan.side is not None:
         complement.decoded = dict(plan.side.decoded)
@@ -269,7 +228,12 @@ def run_plan(
             adapter.write_into(state, sink, read_back, quantization=quantization)
 
 
-def _adapter(request: Request, side: SideFile | None) -> tuple[Adapter, str | None]:
+def another_adapter(plan: Plan) -> Adapter:
+    """An adapter like the plan's."""
+    return adapter_of(plan.request, plan.side)[0]
+
+
+def adapter_of(request: Request, side: SideFile | None) -> tuple[Adapter, str | None]:
     """The adapter, and the text of the config that it was made for."""
     checkpoint = request.checkpoint
     path: Path | str = checkpoint.folder / "config.json"

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
+import os
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +37,6 @@ FORMAT = "mapdsl complement 1"
 
 _MAX_RECORD_BYTES = 10 * MAX_TEXT_BYTES  # inflated
 _WIDTHS = (8, 4, 2, 1)
-_COPY_BYTES = 2**24
 
 Entry = tuple[str, "Kept | None"]
 
@@ -75,20 +75,30 @@ class Origin:
         return [FileLayout(name, len(text).to_bytes(LENGTH_BYTES, "little") + text) for name, text in files]
 
 
+class _Spooled(NamedTuple):
+    """A tensor in a temporary file."""
+
+    dtype: str
+    shape: list[int]
+    begin: int
+    nbytes: int
+
+
 class SideWriter(MutableMapping[str, Entry]):
     """Takes what codecs keep, as the `entries` of an adapter's complement, to disk; nothing can be read from it.
 
-    Until `finish` all lies in nameless temporary files beside `destination`, the folder that the conversion makes;
-    they vanish with the process.
+    Until `finish` all lies in nameless temporary files beside `destination`, the folder that the conversion makes, that
+    vanish with the process; or in files of `folder`, with which a later run can go on (`record`, `restore`). Entries
+    may come from several threads, in any order: the side file has its own.
     """
 
-    def __init__(self, destination: Path) -> None:
-        self._destination = destination
+    def __init__(self, destination: Path, folder: Path | None = None) -> None:
+        self._destination, self._folder = destination, folder
         self._spools: dict[int, IO[bytes]] = {}
-        self._headers: dict[int, dict[str, tuple[str, list[int], int]]] = {width: {} for width in _WIDTHS}
-        self._forms: dict[str, int] = {}
-        self._entries: dict[str, tuple[int, int]] = {}
+        self._kept: dict[int, dict[str, _Spooled]] = {width: {} for width in _WIDTHS}
+        self._entries: dict[str, tuple[str, int]] = {}
         self._stored: dict[str, int] = {}
+        self._lock = threading.Lock()
         self.nbytes = 0
 
     def __setitem__(self, name: str, entry: Entry) -> None:
@@ -103,8 +113,7 @@ class SideWriter(MutableMapping[str, Entry]):
                     check = self._add(f"{name}|{role}", tensor, check)
                 else:  # most tensors have nothing but scales to keep: no need for an entry that says so
                     form["empty"][role] = [dtype_name(tensor.dtype), list(tensor.shape)]
-        text = json.dumps(form, sort_keys=True)
-        self._entries[name] = (self._forms.setdefault(text, len(self._forms)), check)
+        self._entries[name] = (json.dumps(form, sort_keys=True), check)
 
     def add_stored(self, name: str, tensor: Tensor) -> None:
         """Keep a stored tensor as it is."""
@@ -119,26 +128,60 @@ class SideWriter(MutableMapping[str, Entry]):
         decoded: Mapping[str, torch.dtype],
     ) -> None:
         """Write the side file. Raises a MapError, C507, where the disk fails or the header becomes too large."""
+        numbers: dict[str, int] = {}
+        entries = {
+            name: (numbers.setdefault(text, len(numbers)), check)
+            for name, (text, check) in sorted(self._entries.items())
+        }
         record = {
             "origin": asdict(origin),
-            "forms": [json.loads(text) for text in self._forms],
-            "entries": self._entries,
-            "stored": self._stored,
+            "forms": [json.loads(text) for text in numbers],
+            "entries": entries,
+            "stored": dict(sorted(self._stored.items())),
             "found": dict(found),
             "spelled": dict(spelled),
             "decoded": {name: dtype_name(dtype) for name, dtype in decoded.items()},
         }
         header = self._header(record)
         try:
-            with path.open("xb") as file:
+            with path.open("wb") as file:
                 file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
                 for width in _WIDTHS:
-                    if width in self._spools:
-                        self._spools[width].seek(0)
-                        shutil.copyfileobj(self._spools[width], file, _COPY_BYTES)
+                    for _, kept in sorted(self._kept[width].items()):
+                        if width not in self._spools:  # all of it is from an earlier run
+                            self._spools[width] = self._spool(width)
+                        self._spools[width].seek(kept.begin)
+                        file.write(self._spools[width].read(kept.nbytes))
         except OSError as problem:
             raise self._unwritable(problem) from problem
-        self.close()
+        self.close()  # the files of `folder` go at the commit: until then a later run may need them
+
+    def record(self, names: Iterable[str]) -> list[Any]:
+        """What is kept of some tensors, for a journal; their bytes are with the system when this returns."""
+        with self._lock:
+            for spool in self._spools.values():
+                spool.flush()
+        return [[name, *self._entries[name], self._spooled_of(name)] for name in names]
+
+    def restore(self, record: Iterable[Any]) -> None:
+        """Take over what an earlier run has kept: what `record` gave."""
+        for name, text, check, spooled in record:
+            self._entries[name] = (text, check)
+            for width, role, dtype, shape, begin, nbytes in spooled:
+                self._kept[width][role] = _Spooled(dtype, shape, begin, nbytes)
+                self.nbytes += nbytes
+
+    def _spooled_of(self, name: str) -> list[Any]:
+        roles = [f"{name}|{role}" for role in json.loads(self._entries[name][0]).get("roles", ())]
+        return [[width, role, *kept[role]] for width, kept in self._kept.items() for role in roles if role in kept]
+
+    def _spool(self, width: int) -> IO[bytes]:
+        """A file for elements of a width, open at its end."""
+        if self._folder is None:
+            return tempfile.TemporaryFile(dir=self._destination.parent)
+        spool = (self._folder / f".mapdsl.kept-{width}").open("a+b")
+        spool.seek(0, os.SEEK_END)
+        return spool
 
     def close(self) -> None:
         """Give up the temporary files."""
@@ -147,7 +190,7 @@ class SideWriter(MutableMapping[str, Entry]):
         self._spools.clear()
 
     def _unwritable(self, problem: OSError) -> MapError:
-        advice = "nothing is left of it; free space, or choose another destination"
+        advice = "free space; what is done is kept, and the same command with --resume goes on"
         return bad_file(self._destination / SIDE_FILE, f"cannot write the side file: {reason(problem)}", advice)
 
     def _header(self, record: dict[str, Any]) -> bytes:
@@ -156,9 +199,10 @@ class SideWriter(MutableMapping[str, Entry]):
         header: dict[str, Any] = {"__metadata__": texts}
         begin = 0
         for width in _WIDTHS:  # the widest first, as everywhere: all tensors are aligned
-            for name, (dtype, shape, size) in self._headers[width].items():
-                header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + size]}
-                begin += size
+            for name, kept in sorted(self._kept[width].items()):
+                end = begin + kept.nbytes
+                header[name] = {"dtype": kept.dtype, "shape": kept.shape, "data_offsets": [begin, end]}
+                begin = end
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
         text += b" " * (-len(text) % LENGTH_BYTES)
         if len(text) > MAX_TEXT_BYTES:
@@ -172,13 +216,15 @@ class SideWriter(MutableMapping[str, Entry]):
         data = buffer(tensor)
         width = tensor.element_size() if tensor.element_size() in _WIDTHS else 8
         try:
-            if width not in self._spools:
-                self._spools[width] = tempfile.TemporaryFile(dir=self._destination.parent)  # noqa: SIM115 (closed by `close`)
-            self._spools[width].write(data)
+            with self._lock:
+                if width not in self._spools:
+                    self._spools[width] = self._spool(width)
+                begin = self._spools[width].tell()
+                self._spools[width].write(data)
+                self.nbytes += len(data)
         except OSError as problem:
             raise self._unwritable(problem) from problem
-        self._headers[width][name] = (dtype_name(tensor.dtype), list(stored_shape(tensor)), len(data))
-        self.nbytes += len(data)
+        self._kept[width][name] = _Spooled(dtype_name(tensor.dtype), list(stored_shape(tensor)), begin, len(data))
         return zlib.crc32(data, check)
 
     # What is written is not looked at again: the adapter finds nothing here.
@@ -221,6 +267,7 @@ class SideFile(MutableMapping[str, Entry]):
         self._state = Window(checkpoint)
         self._meta = self._state.meta()
         self.is_meta = False
+        self._lock = threading.Lock()
         record = self._record(header.metadata.get("record", ""))
         try:
             self.origin = Origin.from_record(record["origin"])
@@ -246,19 +293,26 @@ class SideFile(MutableMapping[str, Entry]):
             tensor = state[f"{name}|stored"]
         except KeyError as problem:
             raise self._damaged(f"it lacks the tensor {problem}") from None
-        self._check(name, [tensor], self._stored[name])
+        if not self.is_meta:
+            self._check(name, [tensor], self._stored[name])
         return tensor
 
     def __getitem__(self, name: str) -> Entry:
+        return self.entry(name, is_meta=self.is_meta)
+
+    def entry(self, name: str, *, is_meta: bool) -> Entry:
+        """What was kept of a stored tensor, or its dtypes and shapes alone. Threads may ask at once."""
         form, check = self._entries[name]
         try:
             if "kept" not in form:
                 return form["alternative"], None
-            state = self._meta if self.is_meta else self._state
-            tensors = {role: state[f"{name}|{role}"] for role in form["roles"]}
-            self._check(name, list(tensors.values()), check)
+            with self._lock:
+                state = self._meta if is_meta else self._state
+                tensors = {role: state[f"{name}|{role}"] for role in form["roles"]}
+            if not is_meta:
+                self._check(name, list(tensors.values()), check)
             for role, (dtype, shape) in form["empty"].items():
-                device = "meta" if self.is_meta else "cpu"
+                device = "meta" if is_meta else "cpu"
                 tensors[role] = torch.empty(torch_shape(dtype, tuple(shape)), dtype=torch_dtype(dtype), device=device)
             return form["alternative"], Kept.from_tensors(tensors, form["kept"])
         except MapError:
@@ -282,8 +336,6 @@ class SideFile(MutableMapping[str, Entry]):
         """The file keeps what it has."""
 
     def _check(self, name: str, tensors: list[Tensor], expected: int) -> None:
-        if self.is_meta:
-            return
         found = 0
         for tensor in tensors:
             found = zlib.crc32(buffer(tensor.contiguous()), found)

@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,8 +17,11 @@ from mapdsl.checkpoint.checkpoint import TORCH_SUFFIXES, Checkpoint
 from mapdsl.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES, dtype_name, stored_shape, torch_dtype, torch_shape
 from mapdsl.checkpoint.files import bad_file, reason
 from mapdsl.checkpoint.headers import StoredTensor
-from mapdsl.checkpoint.torch_files import load_torch_file
+from mapdsl.checkpoint.torch_files import MappedFile
 from mapdsl.language.diagnostics import MapError
+
+if TYPE_CHECKING:
+    from mapdsl.checkpoint.dcp import DcpReader
 
 __all__ = [
     "DTYPE_NAMES",
@@ -40,7 +44,8 @@ class LazyState(Mapping[str, torch.Tensor]):
     The mapping is private: writing into a tensor changes memory, never the file. A tensor whose offset is no multiple
     of its element size is copied, and so is each where the system grants no map. F4 has torch's paired shape
     (`torch_shape`). The file must not be cut while it is mapped. `meta()` gives the same mapping with meta tensors,
-    from the headers alone.
+    from the headers alone. Tensors of torch files are as they were saved, strided views too; those of a Distributed
+    Checkpoint have memory of their own.
 
     `state[name]` raises a MapError: C507 for a listing (no data) or a file that changed, C504 for a dtype that torch
     lacks, C503 for an F4 shape that torch cannot hold.
@@ -53,7 +58,8 @@ class LazyState(Mapping[str, torch.Tensor]):
         self._is_meta = device == "meta"
         self._maps: dict[Path, torch.Tensor | None] = {}
         self._pages: dict[Path, mmap.mmap] = {}
-        self._loaded: dict[Path, dict[str, torch.Tensor]] = {}
+        self._loaded: dict[Path, MappedFile] = {}
+        self._dcp: DcpReader | None = None
 
     def meta(self) -> LazyState:
         """The same names with empty tensors on the meta device; works for listings too."""
@@ -64,6 +70,8 @@ class LazyState(Mapping[str, torch.Tensor]):
         self._maps.clear()
         self._pages.clear()
         self._loaded.clear()
+        if self._dcp is not None:
+            self._dcp.close()
 
     def release(self, name: str) -> None:
         """Let the pages of a tensor that was handed out leave this process.
@@ -72,11 +80,23 @@ class LazyState(Mapping[str, torch.Tensor]):
         lost. Does nothing where there is no map, or the system has no such call.
         """
         stored = self.checkpoint.tensors[name]
+        if stored.file in self._loaded:
+            self._loaded[stored.file].release(name)
         pages = self._pages.get(stored.file)
         if pages is None or not hasattr(mmap, "MADV_DONTNEED") or stored.begin == stored.end:
             return
         begin = stored.begin // mmap.PAGESIZE * mmap.PAGESIZE  # neighbours on shared pages are read again, too
         pages.madvise(mmap.MADV_DONTNEED, begin, stored.end - begin)
+
+    def range_of(self, tensor: torch.Tensor) -> tuple[Path, int] | None:
+        """The file and the first byte there of a tensor that is, as it lies in memory, a run of a file's bytes."""
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+            return None
+        begin = tensor.data_ptr()
+        for path, whole in self._maps.items():
+            if whole is not None and 0 <= begin - whole.data_ptr() <= whole.nbytes - tensor.nbytes:
+                return path, begin - whole.data_ptr()
+        return None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         stored = self.checkpoint.tensors[name]
@@ -90,6 +110,8 @@ class LazyState(Mapping[str, torch.Tensor]):
         if not self.checkpoint.has_data:
             advice = "a listing holds names and shapes only: use meta(), or give the checkpoint itself"
             raise bad_file(self._place(stored), f"tensor `{name}` has no data here", advice)
+        if self.checkpoint.kind == "dcp":
+            return self._from_dcp(name)
         if stored.file.name.endswith(TORCH_SUFFIXES):
             return self._from_torch_file(stored)
         return self._from_map(stored, dtype, shape)
@@ -121,7 +143,7 @@ class LazyState(Mapping[str, torch.Tensor]):
             if sys.byteorder != "little":
                 raise bad_file(stored.file, "safetensors data are little-endian, this machine is not")
             try:
-                pages = _map_file(stored)
+                pages = map_file(stored)
             except OSError as problem:
                 raise bad_file(stored.file, f"cannot map the file: {reason(problem)}") from problem
             self._maps[stored.file] = None if pages is None else torch.frombuffer(pages, dtype=torch.uint8)
@@ -139,17 +161,24 @@ class LazyState(Mapping[str, torch.Tensor]):
 
     def _from_torch_file(self, stored: StoredTensor) -> torch.Tensor:
         if stored.file not in self._loaded:
-            self._loaded[stored.file] = load_torch_file(stored.file)
-        tensor = self._loaded[stored.file].get(stored.name)
+            self._loaded[stored.file] = MappedFile(stored.file)
+        tensor = self._loaded[stored.file].tensors.get(stored.name)
         if tensor is None or dtype_name(tensor.dtype) != stored.dtype or stored_shape(tensor) != stored.shape:
             raise bad_file(stored.file, f"tensor `{stored.name}` is not what the file held when it was opened")
         return tensor
+
+    def _from_dcp(self, name: str) -> torch.Tensor:
+        if self._dcp is None:
+            from mapdsl.checkpoint.dcp import DcpReader  # imports torch.distributed
+
+            self._dcp = DcpReader(self.checkpoint.folder, self.checkpoint.saved)
+        return self._dcp[name]
 
     def _place(self, stored: StoredTensor) -> Path:
         return stored.file if stored.file.name else self.checkpoint.path
 
 
-def _map_file(stored: StoredTensor) -> mmap.mmap | None:
+def map_file(stored: StoredTensor) -> mmap.mmap | None:
     """Map a tensor's file as a whole.
 
     The pages are private and writable, since torch has no read-only tensors. Linux would count all of them as memory

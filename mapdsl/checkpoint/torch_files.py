@@ -1,41 +1,69 @@
-"""Torch's own files (`.pt`, `.pth`, `.bin`), read without running what they hold: `weights_only=True` everywhere."""
+"""Torch's own files (`.pt`, `.pth`, `.bin`), read without running what they hold: `weights_only=True` everywhere.
+
+Those that torch 1.6 or later wrote are mapped from disk. Older ones, which are no zip archives, can only be read as a
+whole into memory.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import pickle
+import sys
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mapdsl.checkpoint.dcp_metadata import WRAPPERS
 from mapdsl.checkpoint.dtypes import dtype_name, stored_shape
 from mapdsl.checkpoint.files import bad_file, file_size
 from mapdsl.checkpoint.headers import StoredTensor, checked_size
 from mapdsl.language.diagnostics import MapError
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-"""Keys under which trainers put the state dict; the first that holds a dict of tensors is taken."""
+_MAX_DEPTH = 32
+_ADVISE_DONT_NEED = 4  # of Linux, where it also drops pages of private maps; `ctypes` knows no name for it
 
 
-def read_torch_headers(path: Path) -> dict[str, StoredTensor]:
-    """Names, dtypes and shapes of a torch file; no tensor is read.
+def read_torch_headers(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """Names, dtypes and shapes of a torch file, and the keys of what is not part of the state; no tensor is read.
 
     Raises a MapError, C507: no torch file, needs code to load, or holds no dict of tensors.
     """
     tensors = {}
-    for name, tensor in _state(path, _load(path, "meta")).items():
+    state, left_out = _state(path, _load(path, "meta"))
+    for name, tensor in state.items():
         try:
             dtype, shape = dtype_name(tensor.dtype), stored_shape(tensor)
         except MapError as problem:
             raise bad_file(path, f"tensor `{name}`: {problem.diagnostics[0].message}") from problem
         checked_size(path, name, dtype, shape)
         tensors[name] = StoredTensor(name, dtype, shape, path)
-    return tensors
+    return tensors, left_out
 
 
-def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a torch file, mapped from disk where its format allows; C507 as `read_torch_headers`."""
-    return _state(path, _load(path, "cpu"))
+class MappedFile:
+    """The `tensors` of a torch file, mapped from disk where its format allows; C507 as `read_torch_headers`."""
+
+    def __init__(self, path: Path) -> None:
+        self.tensors = _state(path, _load(path, "cpu"))[0]
+        for name, tensor in self.tensors.items():
+            if tensor.device.type != "cpu":
+                raise bad_file(path, f"tensor `{name}` was saved without data, on device {tensor.device}")
+        self._is_clean = _is_zip(path) and _has_own_byte_order(path)
+
+    def release(self, name: str) -> None:
+        """Let the pages of a tensor leave this process; they are read from the file again when they are used."""
+        tensor = self.tensors[name]
+        if not self._is_clean or not sys.platform.startswith("linux") or not tensor.numel():
+            return
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        end = tensor.data_ptr() + reach * tensor.itemsize
+        call = ctypes.CDLL(None).madvise
+        call(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(_ADVISE_DONT_NEED))
 
 
 def _load(path: Path, device: str) -> Any:
@@ -51,7 +79,10 @@ def _load(path: Path, device: str) -> Any:
         advice = "load it where you trust it, and save the state dict as safetensors"
         raise bad_file(path, f"the file needs code to load, or is broken: {_first_line(problem)}", advice) from problem
     except Exception as problem:  # a broken file makes torch raise almost anything
-        raise bad_file(path, f"torch cannot load the file: {_first_line(problem)}") from problem
+        message, advice = f"torch cannot load the file: {_first_line(problem)}", ""
+        if "allocate memory" in str(problem) and not _is_zip(path):
+            advice = "torch reads its old format as a whole only: load it on a larger machine, and save it again"
+        raise bad_file(path, message, advice) from problem
 
 
 def _is_zip(path: Path) -> bool:
@@ -60,28 +91,65 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _state(path: Path, value: Any) -> dict[str, torch.Tensor]:
-    """The state dict in a loaded value. None and `_extra_state` entries are left out, others must be tensors."""
+def _has_own_byte_order(path: Path) -> bool:
+    """Whether the file's bytes are those of this machine; torch swaps others in its own copy of the pages."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            orders = [archive.read(name) for name in archive.namelist() if name.endswith("/byteorder")]
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+    return all(order == sys.byteorder.encode() for order in orders)
+
+
+def _state(path: Path, value: Any) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """The state dict in a loaded value, nested dicts' keys joined by dots, and the keys of what is left out.
+
+    None and `_extra_state` entries are left out, others must be tensors; so is whatever lies beside a wrapper.
+    """
+    left_out: list[str] = []
     for key in WRAPPERS:
         if isinstance(value, dict) and isinstance(value.get(key), dict) and _any_tensor(value[key]):
+            left_out += [str(other)[:200] for other in value if other != key]
             value = value[key]
             break
     if not isinstance(value, dict) or not (_any_tensor(value) or not value):
         advice = f"expected a dict of tensors, by itself or under one of {', '.join(WRAPPERS)}"
         raise bad_file(path, f"the file holds a {type(value).__name__} without tensors", advice)
-    state = {}
-    for name, tensor in value.items():
-        if tensor is None or (isinstance(name, str) and name.endswith("_extra_state")):
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in _leaves(path, value, ""):
+        if tensor is None or name.endswith("_extra_state"):
+            left_out.append(name)
             continue
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            found = f"a {tensor.layout} tensor" if isinstance(tensor, torch.Tensor) else f"of {type(tensor)}"
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+            is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            found = f"a {tensor.layout} tensor" if is_plain else f"of {type(tensor)}"
             raise bad_file(path, f"entry {name!r:.200} is {found}, expected a dense tensor under a string")
+        if name in state:
+            raise bad_file(path, f"two tensors are called `{name}`, once nested dicts are joined by dots", code="C506")
         state[name] = tensor.detach()
-    return state
+    return state, tuple(left_out)
 
 
-def _any_tensor(value: dict[Any, Any]) -> bool:
-    return any(isinstance(item, torch.Tensor) for item in value.values())
+def _leaves(path: Path, value: dict[Any, Any], prefix: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Everything in nested dicts that is no dict, by its keys joined by dots."""
+    if depth > _MAX_DEPTH:
+        raise bad_file(path, f"dicts are nested more than {_MAX_DEPTH} deep")
+    for key, item in value.items():
+        if not isinstance(key, str):
+            found = f"a {item.layout} tensor" if isinstance(item, torch.Tensor) else f"of {type(item)}"
+            raise bad_file(path, f"entry {key!r:.200} is {found}, expected a dense tensor under a string")
+        if isinstance(item, dict):
+            yield from _leaves(path, item, f"{prefix}{key}.", depth + 1)
+        else:
+            yield prefix + key, item
+
+
+def _any_tensor(value: dict[Any, Any], depth: int = 0) -> bool:
+    """Whether a tensor is in nested dicts."""
+    return depth <= _MAX_DEPTH and any(
+        isinstance(item, torch.Tensor) or (isinstance(item, dict) and _any_tensor(item, depth + 1))
+        for item in value.values()
+    )
 
 
 def _first_line(problem: Exception) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
 from mapdsl.checkpoint.checkpoint import Checkpoint
 from mapdsl.checkpoint.tensors import LazyState
+from mapdsl.checkpoint.units import UnitFinder
+from mapdsl.runtime.watched import WatchedState
 
 WINDOW_BYTES = 64 * 2**20
 """How much of what was handed out last is left in memory."""
@@ -40,3 +43,74 @@ class Window(LazyState):
                 self._recent_bytes -= self.checkpoint.tensors[oldest].nbytes
                 self.release(oldest)
         return tensor
+
+
+class PlanningWindow(Window, WatchedState):
+    """Meta tensors for the pass that plans; what is done with them tells the units."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint, device="meta")
+        self.units = UnitFinder()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = super().__getitem__(name)
+        self.units.handed(name, tensor)
+        return tensor
+
+    def begin(self) -> None:
+        """See `WatchedState.begin`."""
+        self.units.begin()
+
+    def touch(self, name: str) -> None:
+        """See `WatchedState.touch`."""
+        self.units.touch(name)
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """See `WatchedState.allocate`."""
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        self.units.allocated(tensor)
+        return tensor
+
+
+class WorkingWindow(Window, WatchedState):
+    """The tensors of the units that are one worker's own; of all others, meta tensors.
+
+    `is_mine` says it of a source tensor; `place` gives memory in the output, where a tensor can be filled there;
+    `begins` is told of every group. `asked` are the tensors that were looked at, of all units.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        is_mine: Callable[[str], bool],
+        place: Callable[[tuple[str, int]], torch.Tensor | None],
+        begins: Callable[[], object],
+    ) -> None:
+        super().__init__(checkpoint)
+        self._tell_begin = begins
+        self._is_mine, self._memory = is_mine, place
+        self._others = Window(checkpoint, device="meta")
+        self.looked_at: str | None = None  # the first tensor of the group at work
+        self._begins, self._allocated = True, 0
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return super().__getitem__(name) if self._is_mine(name) else self._others[name]
+
+    def begin(self) -> None:
+        """See `WatchedState.begin`."""
+        self._tell_begin()
+        self._begins, self._allocated = True, 0
+
+    def touch(self, name: str) -> None:
+        """See `WatchedState.touch`."""
+        self.asked[name] = None
+        if self._begins:
+            self._begins, self.looked_at = False, name
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """See `WatchedState.allocate`."""
+        number, self._allocated = self._allocated, self._allocated + 1
+        memory = None if device.type == "meta" else self._memory((self.looked_at or "", number))
+        return torch.empty(shape, dtype=dtype, device=device) if memory is None else memory.view(shape)

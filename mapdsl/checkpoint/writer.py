@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import secrets
 import shutil
@@ -17,10 +18,13 @@ import torch
 
 from mapdsl.checkpoint.checkpoint import Checkpoint
 from mapdsl.checkpoint.dtypes import DTYPE_NAMES, stored_shape, torch_dtype, torch_shape
+from mapdsl.checkpoint.file_writing import allocate, copy_range, flush, flush_folder, write_tensor
 from mapdsl.checkpoint.files import bad_file, is_plain_name, leaves_folder, reason
 from mapdsl.checkpoint.headers import StoredTensor
+from mapdsl.checkpoint.journal import WORK_PREFIX, Journal, partial_folder
 from mapdsl.checkpoint.layout import INDEX_FILE, MAX_SHARD_BYTES, Entry, FileLayout, index_text, plan_layout
-from mapdsl.checkpoint.rawbytes import buffer, strips
+from mapdsl.checkpoint.rawbytes import buffer
+from mapdsl.language.diagnostics import MapError
 
 _SHOWN = 5
 
@@ -33,7 +37,8 @@ class CheckpointWriter:
     added where there are several files, unless `write_index` is off or the caller wrote it.
 
     All is written in `.NAME.partial-XXXXXXXX` beside `destination`; `commit()` makes it durable and renames it.
-    `abort()`, leaving a `with` block without a commit, and any failure of the file system remove it.
+    `abort()`, leaving a `with` block without a commit, and any failure of the file system remove it; with a `journal`
+    of units that are done, a failure of the file system and an interrupt leave it for a later run.
 
     Raises a MapError: C507 where the destination exists, its folder does not, the disk is too full, or a layout is bad;
     C506 for a tensor or a file given twice.
@@ -49,6 +54,7 @@ class CheckpointWriter:
         single_file: bool = False,
         layout: Sequence[FileLayout] | None = None,
         write_index: bool = True,
+        journal: Journal | None = None,
     ) -> None:
         if (entries is None) == (layout is None):
             raise ValueError("expected either entries or a layout")
@@ -64,17 +70,22 @@ class CheckpointWriter:
         self._written: set[str] = set()
         self._lock = threading.Lock()
         self._state = "open"
-        self._check_destination()
-        self._folder = self.destination.with_name(f".{self.destination.name[:100]}.partial-{secrets.token_hex(4)}")
+        self._journal = journal
+        self._folder = partial_folder(self.destination) if journal is not None else _new_folder(self.destination)
         try:
-            self._check_space()
-            with self._removing("make the files"):
-                os.mkdir(self._folder)
-                for file in self.layout:
-                    _allocate(self._folder / file.name, file)
+            self._check_destination()
+            self._make_files()
         except BaseException:  # an interrupt too leaves nothing behind
             self.abort()
             raise
+
+    keeps_headers = True
+    """Whether the layout's headers are written, byte for byte."""
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """The names of the files that hold tensors."""
+        return tuple(file.name for file in self.layout)
 
     @property
     def names(self) -> list[str]:
@@ -93,19 +104,45 @@ class CheckpointWriter:
         name that is not in the layout, C503 and C504 for another shape or dtype than its header's, C506 for a second
         write, C507 where the disk fails (then the whole writer is aborted).
         """
-        self._check_open()
-        stored = self._place(name)
-        self._check_fits(stored, tensor)
-        with self._lock:
-            if name in self._started:
-                raise bad_file(self._final(stored), f"tensor `{name}` is written a second time", code="C506")
-            self._started.add(name)
+        stored = self._begun(name, tensor)
         try:
             with self._removing(f"write tensor `{name}`"):
-                _write_tensor(self._folder / stored.file, stored.begin, tensor)
+                write_tensor(self._folder / stored.file, stored.begin, tensor)
         except BaseException:
             self._started.discard(name)
             raise
+        self._written.add(name)
+
+    def copy(self, name: str, tensor: torch.Tensor, source: Path, offset: int) -> None:
+        """Write a tensor whose bytes lie in a file from an offset on: copied by the system, not through this process.
+
+        Where the system cannot, from memory. Errors as `write`.
+        """
+        stored = self._begun(name, tensor)
+        try:
+            with self._removing(f"write tensor `{name}`"):
+                if not copy_range(source, offset, self._folder / stored.file, stored.begin, stored.nbytes):
+                    write_tensor(self._folder / stored.file, stored.begin, tensor)
+        except BaseException:
+            self._started.discard(name)
+            raise
+        self._written.add(name)
+
+    def view(self, name: str) -> torch.Tensor | None:
+        """The place of a tensor in its file, as memory to write to; then call `viewed`. None where it has no bytes."""
+        self._check_open()
+        stored = self._place(name)
+        if not stored.nbytes or stored.begin % torch_dtype(stored.dtype).itemsize:
+            return None
+        start = stored.begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        with self._removing(f"write tensor `{name}`"), (self._folder / stored.file).open("r+b") as file:
+            pages = mmap.mmap(file.fileno(), stored.end - start, offset=start)
+        whole = torch.frombuffer(pages, dtype=torch.uint8)[stored.begin - start :]
+        return whole.view(torch_dtype(stored.dtype)).view(torch_shape(stored.dtype, stored.shape))
+
+    def viewed(self, name: str, tensor: torch.Tensor) -> None:
+        """Says that the place of a tensor, which `view` gave, is filled. Errors as `write`."""
+        self._begun(name, tensor)
         self._written.add(name)
 
     def read(self, name: str) -> torch.Tensor:
@@ -129,7 +166,7 @@ class CheckpointWriter:
         """Write another file; C507 for a name with a folder in it, C506 for one that was written."""
         self._check_open()
         self._take_name(name)
-        with self._removing(f"write {name}"), (self._folder / name).open("xb") as file:
+        with self._removing(f"write {name}"), (self._folder / name).open("wb") as file:
             file.write(data)
 
     def new_file(self, name: str) -> Path:
@@ -174,12 +211,17 @@ class CheckpointWriter:
             self.write_bytes(INDEX_FILE, index_text(self.layout).encode("utf-8"))
         self._check_destination()
         with self._removing("finish the checkpoint"):
+            self._finish_files()
             for name in self._files:
-                _flush(self._folder / name)
-            _flush_folder(self._folder)
+                flush(self._folder / name)
+            flush_folder(self._folder)
             os.rename(self._folder, self.destination)
         self._state = "committed"
-        _flush_folder(self.destination.parent)
+        for path in self.destination.glob(f"{WORK_PREFIX}*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        self._close_journal()
+        flush_folder(self.destination.parent)
         return self.destination
 
     def abort(self) -> None:
@@ -187,6 +229,19 @@ class CheckpointWriter:
         if self._state == "open":
             self._state = "aborted"
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._close_journal()
+
+    def leave(self) -> None:
+        """Leave what was written, with its journal, for a later run to go on with."""
+        if self._state == "open":
+            self._state = "left"
+            self._close_journal()
+
+    def take_over(self, names: Iterable[str]) -> None:
+        """Tensors that an earlier run has written."""
+        written = set(names)
+        self._started |= written
+        self._written |= written
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -194,7 +249,41 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.abort()
+        is_worth = self._journal is not None and self._journal.done and kind is not None
+        # An error of the map or of the data would come again; an interrupt, a full disk or a lost file need not.
+        if is_worth and (not isinstance(value, Exception) or _is_of_files(value)):
+            self.leave()
+        else:
+            self.abort()
+
+    def _make_files(self) -> None:
+        """Make all files in their final size; those of an earlier run are there."""
+        if self._journal is None or not self._journal.done:
+            self._check_space()
+            with self._removing("make the files"):
+                if self._journal is None:
+                    os.mkdir(self._folder)
+                for file in self.layout:
+                    allocate(self._folder / file.name, file)
+            return
+        for file in self.layout:
+            if not self._is_there(file):
+                self.leave()
+                advice = f"start anew: remove {self._folder}"
+                message = "a file of the unfinished conversion is not what it was"
+                raise bad_file(self._folder / file.name, message, advice)
+
+    def _is_there(self, file: FileLayout) -> bool:
+        """Whether an earlier run has made a file."""
+        path = self._folder / file.name
+        return path.exists() and path.stat().st_size == file.size
+
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+
+    def _finish_files(self) -> None:
+        """For writers of other formats: all tensors are written, the files get their last form."""
 
     def _check_open(self) -> None:
         if self._state != "open":
@@ -227,6 +316,17 @@ class CheckpointWriter:
             message = f"tensor `{stored.name}` has shape {list(stored_shape(tensor))}, expected {list(stored.shape)}"
             raise bad_file(self._final(stored), message, code="C503")
 
+    def _begun(self, name: str, tensor: torch.Tensor) -> StoredTensor:
+        """The place of a tensor that fits there and was not written before."""
+        self._check_open()
+        stored = self._place(name)
+        self._check_fits(stored, tensor)
+        with self._lock:
+            if name in self._started:
+                raise bad_file(self._final(stored), f"tensor `{name}` is written a second time", code="C506")
+            self._started.add(name)
+        return stored
+
     def _place(self, name: str) -> StoredTensor:
         if name not in self._places:
             raise bad_file(self.destination, f"tensor `{name}` is not among those to be written", code="C501")
@@ -249,10 +349,24 @@ class CheckpointWriter:
         try:
             yield
         except OSError as problem:
-            self.abort()
             message = f"cannot {task}: {reason(problem)}"
             advice = "nothing is left of it; free space, or choose another destination"
+            if self._journal is not None and self._journal.done:
+                advice = self._journal.advice
+                self.leave()
+            else:
+                self.abort()
             raise bad_file(self.destination, message, advice) from problem
+
+
+def _new_folder(destination: Path) -> Path:
+    """A folder beside a destination that nobody else has."""
+    return destination.with_name(f".{destination.name[:100]}.partial-{secrets.token_hex(4)}")
+
+
+def _is_of_files(problem: BaseException | None) -> bool:
+    """Whether an error is one of the file system, not of what a file holds."""
+    return isinstance(problem, MapError) and isinstance(problem.__cause__, OSError)
 
 
 def _places(layout: Sequence[FileLayout]) -> dict[str, StoredTensor]:
@@ -270,47 +384,3 @@ def _places(layout: Sequence[FileLayout]) -> dict[str, StoredTensor]:
                 raise bad_file(file.name, f"tensor `{tensor.name}` is in {places[tensor.name].file} too", code="C506")
             places[tensor.name] = tensor
     return places
-
-
-def _allocate(path: Path, file: FileLayout) -> None:
-    """Make a file of its final size, so that a full disk is found before the work is done, and write its header."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, file.size)
-        else:
-            os.ftruncate(descriptor, file.size)
-        _write_all(descriptor, memoryview(file.header), 0)
-    finally:
-        os.close(descriptor)
-
-
-def _write_tensor(path: Path, offset: int, tensor: torch.Tensor) -> None:
-    if not tensor.nbytes:
-        return
-    descriptor = os.open(path, os.O_WRONLY)
-    try:
-        for strip in strips(tensor):
-            _write_all(descriptor, buffer(strip), offset)
-            offset += strip.nbytes
-    finally:
-        os.close(descriptor)
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_folder(path: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-        _flush(path)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mapdsl.cli.inputs import FILE_HELP, add_config, params_of
-from mapdsl.cli.output import UsageError, escaped, paint, say
+from mapdsl.cli.output import UsageError, complain, escaped, paint, say
 
 if TYPE_CHECKING:
     from mapdsl.checkpoint.convert import Conversion
 
 _SHOWN = 4
+SOURCE_HELP = "a folder of safetensors, pytorch_model.bin or a torch Distributed Checkpoint; an index; a .safetensors, "
+SOURCE_HELP += ".pt, .pth or .bin file (read with weights_only=True)"
+SHARD_HELP = "the latter needs one more shard of disk space while it is written"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -20,13 +24,13 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="convert a checkpoint",
-        description="Convert a safetensors checkpoint from one side of a map to the other, into a new folder. "
+        description="Convert a checkpoint from one side of a map to the other, into a new folder. "
         "What a conversion to the right side loses is kept there in mapdsl.complement, so that the way back gives the "
         "same files, byte for byte. Other files beside the weights are copied, but for hidden ones and sub-folders. "
         "Nothing is overwritten, and nothing half-written is left behind.",
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="SRC", help="a folder, an index or a .safetensors file")
+    parser.add_argument("source", metavar="SRC", help=SOURCE_HELP)
     parser.add_argument("destination", metavar="DST", help="the folder to make")
     parser.add_argument("--map", metavar="MAP", required=True, help=FILE_HELP)
     parser.add_argument("--to", metavar="SIDE", help="the side to go to; by default the one that SRC is not")
@@ -37,6 +41,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--quantize", action="store_true", help=quantize)
     add_config(parser)
     parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="500MB, 2GiB, or bytes (5GB)")
+    written = "of what is written: safetensors shards with an index, or a torch Distributed Checkpoint (safetensors); "
+    parser.add_argument("--format", choices=("safetensors", "dcp"), default="safetensors", help=written + SHARD_HELP)
+    workers = "tensors, or stacks of them, that are converted at once (one a core)"
+    parser.add_argument("--workers", metavar="N", type=int, help=workers)
+    resume = "go on with a run to DST that was killed, interrupted, or stopped by a full disk"
+    parser.add_argument("--resume", action="store_true", help=resume)
     complement = "write no mapdsl.complement; on the way back, take no notice of it"
     parser.add_argument("--no-complement", action="store_true", help=complement)
 
@@ -48,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     from mapdsl.checkpoint.convert import convert
     from mapdsl.checkpoint.passes import OptionError
 
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UsageError("--workers is 1 or more")
     params = params_of(arguments)
     previous = signal.signal(signal.SIGTERM, _leave)  # so that what is half written is removed
     try:
@@ -62,10 +74,19 @@ def run(arguments: argparse.Namespace) -> int:
             config=arguments.config,
             max_shard_size=arguments.max_shard_size,
             use_complement=not arguments.no_complement,
+            workers=arguments.workers,
+            resume=arguments.resume,
+            format=arguments.format,
             progress=sys.stderr is not None and sys.stderr.isatty(),
         )
     except OptionError as problem:
         raise UsageError(escaped(str(problem))) from None
+    except (KeyboardInterrupt, SystemExit):
+        from mapdsl.checkpoint.journal import partial_folder
+
+        if partial_folder(Path(arguments.destination)).exists():
+            complain("what is done is kept: the same command with --resume goes on")
+        raise
     finally:
         signal.signal(signal.SIGTERM, previous)
     for line in story(done):

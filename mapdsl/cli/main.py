@@ -15,7 +15,22 @@ from mapdsl import __version__
 from mapdsl.cli.output import UsageError, complain, escaped, flush, prepare, show_error
 
 # Modules of this package, in the order in which `mapdsl --help` lists them.
-COMMANDS = ("check", "compile", "test", "explain", "keys", "laws", "fmt", "convert", "snapshot", "maps", "demo")
+COMMANDS = (
+    "check",
+    "compile",
+    "test",
+    "explain",
+    "keys",
+    "laws",
+    "fmt",
+    "convert",
+    "plan",
+    "verify",
+    "diff",
+    "snapshot",
+    "maps",
+    "demo",
+)
 
 OK, BAD_INPUT, BAD_USAGE = 0, 1, 2
 # As a shell reports a process that the signal ended.

@@ -13,6 +13,7 @@ from mapdsl.runtime.codecs.likeness import likeliest
 from mapdsl.runtime.complement import RAW, Alternatives, Raw
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.state_names import StateNames
+from mapdsl.runtime.watched import WatchedState
 
 AS_IS: Alternatives = (RAW,)
 NOT_AT_ALL: Alternatives = ()
@@ -25,13 +26,26 @@ class StoredForms(StateNames):
     def __init__(self, tensors: Mapping[str, Tensor], spelled: dict[str, str] | None = None) -> None:
         super().__init__(tensors, spelled)
         self.tensors = tensors
-        self._device: torch.device | None = None
+        self._watched = tensors if isinstance(tensors, WatchedState) else None
+        self._device = None if self._watched is None else self._watched.device
         self._alternatives: dict[str, Codec | Raw] = {}  # of the group at hand
 
     @property
     def device(self) -> torch.device | None:
         """The device of the tensors, once one was taken."""
         return self._device
+
+    def _begin(self) -> None:
+        """A group of tensors is to be asked for."""
+        self._alternatives = {}
+        if self._watched is not None:
+            self._watched.begin()
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for a tensor that is to be filled with the group."""
+        if self._watched is not None:
+            return self._watched.allocate(shape, dtype, device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def _alternative(self, name: str, stored: Alternatives) -> Codec | Raw:
         """The alternative that a stored tensor is in, by the companions beside it, and the dtypes and shapes of all."""
@@ -87,9 +101,12 @@ class StoredForms(StateNames):
         return any(isinstance(c, Codec) and c.payload(name) != name and c.payload(name) in self for c in stored)
 
     def _peek(self, name: str) -> Tensor:
+        if self._watched is not None:
+            self._watched.touch(self._spelled.get(name, name))
         if name not in self._fetched:
             self._left.pop(name, None)
             tensor = self.tensors[self._spelled.get(name, name)]
             self._fetched[name] = tensor
-            self._device = tensor.device
+            if self._watched is None or self._watched.device is None:
+                self._device = tensor.device
         return self._fetched[name]

@@ -132,7 +132,7 @@ class Take(StoredForms):
         codec = self._alternative(name, member.stored)
         model = self._peek(name if isinstance(codec, Raw) else codec.payload(name))
         dtype = model.dtype if isinstance(codec, Raw) else self._decoded_dtype(name, codec)
-        return torch.empty(shape, dtype=dtype, device=model.device)
+        return self._allocate(shape, dtype, model.device)
 
     def part(self, name: str, out: Tensor | None = None) -> Tensor:
         """A tensor of the group at hand, decoded (to `out`, if given) and checked against the shape of its operand."""
@@ -291,7 +291,8 @@ class Take(StoredForms):
         self._members = {
             name: Member(names[0], stored, shape, sizes, into) for names, shape, stored in operands for name in names
         }
-        self._shapes, self._alternatives = {}, {}
+        self._begin()
+        self._shapes = {}
         self._last = None
         self._firsts = [names[0] for names, _, _ in operands if names]
         members = self._members

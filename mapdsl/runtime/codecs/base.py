@@ -115,7 +115,8 @@ class Codec(ABC):
     ) -> Tensor:
         """The logical tensor, of a float `dtype`, in memory of its own or written to `out`, whose dtype is then used.
 
-        `out` may be any view of the right shape. With `of` the parts are those that `cut` names, and a slice is given.
+        `out` may be any view of the right shape whose elements each have a place of their own. With `of` the parts are
+        those that `cut` names, and a slice is given.
         Raises `ConversionError`, naming the stored tensor: R605 missing, R606 wrong shape, C504 wrong dtype, R608 not
         finite.
         """
@@ -128,7 +129,8 @@ class Codec(ABC):
     def encode(self, key: str, tensor: Tensor, kept: Kept | None = None, *, out: Tensor | None = None) -> Encoded:
         """The stored parts of a logical tensor, unedited blocks as they were kept.
 
-        The payload is in memory of its own, or in `out`, contiguous, of its shape and dtype.
+        The payload is in memory of its own, or in `out`, contiguous, of its shape and dtype; after an error `out` may
+        hold anything.
         Raises `ConversionError`: R607 where `kept` is of another tensor, D403 for a value that the format cannot hold,
         D401 where the codec does not fit the shape, D406 where the format can be read only and nothing was kept.
         """
@@ -198,6 +200,8 @@ class Codec(ABC):
         if tuple(out.shape) != tuple(shape) or out.device != device:
             found, expected = f"{list(out.shape)} on {out.device}", f"{list(shape)} on {device}"
             raise ConversionError("R606", f"{self.payload(key)}: `out` is {found}, the tensor {expected}")
+        if any(size > 1 and step == 0 for size, step in zip(out.shape, out.stride(), strict=True)):
+            raise ConversionError("R606", f"{self.payload(key)}: `out` has one place for several elements")
         return out
 
     def memory(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mapdsl.runtime.codecs.elements import Element, TableElement, power_table
 from mapdsl.runtime.codecs.formats import as_bits, bits_differ, exact_cast, integer_dtype
+from mapdsl.runtime.codecs.kept import as_many_as_all
 from mapdsl.runtime.codecs.kernels import COMPILED_DTYPES, compiled_kernels, each
 from mapdsl.runtime.codecs.scales import BlockFactors
 from mapdsl.runtime.codecs.scratch import scratch
@@ -82,8 +83,9 @@ class BlockKernel:
     def restore(self, codes: Tensor, values: Tensor, kept: Tensor, where: Tensor | None) -> None:
         """Put kept codes back, at flat positions or everywhere, where they mean the value."""
         if where is not None:
-            if len(where):
-                self._restore_at(codes, values, kept, where)
+            for start in range(0, len(where), STRIP_ELEMENTS):
+                some = slice(start, start + STRIP_ELEMENTS)
+                self._restore_at(codes, values, kept[some], where[some])
             return
         kept = kept.view(self.grid.elements)
 
@@ -94,19 +96,28 @@ class BlockKernel:
 
         each(work, self.grid.tiles(), codes.device)
 
-    def irreproducible(self, codes: Tensor) -> Tensor:
-        """Flat positions, int64, of the codes that decoding and encoding under the same scales would not give back."""
+    def irreproducible(self, codes: Tensor) -> Tensor | None:
+        """Flat positions, int64, of the codes that decoding and encoding under the same scales would not give back.
+
+        None where there are so many that the codes themselves take less.
+        """
         found: dict[Tile, Tensor] = {}
+        left = [as_many_as_all(codes)]
 
         def work(tile: Tile) -> None:
+            if left[0] <= 0:
+                return
             mine, factors = tile.cut(codes), _over(self.factors.of(tile))
             if not self.element.reproduces(mine, factors, self.dtype):
                 again = self._write_values(tile, self._read(tile, codes), torch.empty_like(tile.flat(codes)))
                 wrong = as_bits(again).view(mine.shape) != as_bits(mine)
                 if wrong.any():
                     found[tile] = self.grid.positions(tile, wrong)
+                    left[0] -= len(found[tile])
 
         each(work, self.grid.tiles(), codes.device)
+        if left[0] <= 0:
+            return None
         return torch.cat([found[tile] for tile in sorted(found)] or [codes.new_empty(0, dtype=torch.int64)])
 
     # --- within ---

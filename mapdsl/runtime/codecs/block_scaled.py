@@ -157,7 +157,7 @@ class BlockScaled(Codec):
         found = self.checked_parts(key, parts)
         payload = found.pop("payload")
         codes = self._codes(payload)
-        where = torch.empty(0, dtype=torch.int64, device=payload.device)
+        where: Tensor | None = torch.empty(0, dtype=torch.int64, device=payload.device)
         if payload.numel() and not payload.is_meta:
             grid = self._grid(codes.shape)
             kernel = BlockKernel(self.element, grid, self._factors(grid, found), dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,23 +26,40 @@ class CompiledKernels:
         self, element: TableElement, codes: Tensor, factors: Tensor, values: Tensor, height: int, width: int
     ) -> None:
         """Write the values of a tile."""
-        kernel = numba_kernels.decoder(form_of(element), element.per)
-        kernel(*_rows(codes), *_rows(values), factors.contiguous().numpy(), height, width)
+        kernel = _kernel(numba_kernels.decoder, form_of(element), element.per, 8 * values.element_size())
+        _run(kernel, *_rows(codes), *_rows(values), factors.contiguous().numpy(), height, width)
 
     def encode(
         self, element: TableElement, values: Tensor, factors: Tensor, codes: Tensor, height: int, width: int
     ) -> None:
         """Write the codes of a tile."""
-        kernel = numba_kernels.encoder(form_of(element), element.per)
-        kernel(*_rows(codes), *_rows(values), factors.contiguous().numpy(), height, width)
+        kernel = _kernel(numba_kernels.encoder, form_of(element), element.per, 8 * values.element_size())
+        _run(kernel, *_rows(codes), *_rows(values), factors.contiguous().numpy(), height, width)
 
     def largest(self, values: Tensor, bands: int, groups: int, height: int, width: int) -> Tensor:
         """The largest magnitude of each block, float32 `[bands, groups]`; NaNs are the largest."""
         flat, stride = _rows(values)
         found = np.zeros((bands, groups), flat.dtype)
-        numba_kernels.largest(flat, stride, height, width, found)
+        _run(_kernel(numba_kernels.measurer, 8 * values.element_size()), flat, stride, height, width, found)
         bits = torch.from_numpy(found.astype(np.int32, copy=False))
         return (bits << 16 if values.dtype == torch.bfloat16 else bits).view(torch.float32)
+
+
+_lock = threading.Lock()
+
+
+def _kernel(make: Callable[..., Any], *made_for: Any) -> Any:
+    """The one kernel made for something: were each thread to make its own, each would be compiled."""
+    with _lock:
+        return make(*made_for)
+
+
+def _run(kernel: Any, *arguments: Any) -> None:
+    """Run a kernel, compiled where it has not been; that it cannot be kept on a full disk does no harm."""
+    try:
+        kernel(*arguments)
+    except OSError:
+        kernel(*arguments)
 
 
 @functools.cache

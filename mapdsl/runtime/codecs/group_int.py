@@ -54,18 +54,13 @@ class GroupInt(BlockScaled):
             self._decode_into(codes, parts, values.view(codes.shape), (0, 0))
             return
         shape, box = (tuple(values.shape), tuple((0, size) for size in values.shape)) if of is None else of
+        apart = tuple(torch.Size(shape[dim + 1 :]).numel() for dim in range(len(shape)))
+        first = sum(start * step for (start, _), step in zip(box, apart, strict=True))
         factors, run = self._multipliers(parts).flatten(), torch.Size(shape).numel() // self.storage.groups
-        places = [torch.zeros((), dtype=torch.int64, device=values.device)]
-        for dim, (start, stop) in enumerate(box):
-            stride = torch.Size(shape[dim + 1 :]).numel()
-            along = torch.arange(start, stop, device=values.device) * stride
-            places.append(along.view(-1, *(1,) * (len(shape) - dim - 1)))
-        step = max(1, STRIP_ELEMENTS * len(values) // max(1, values.numel())) if values.ndim else 1
-        for start in range(0, len(values) if values.ndim else 1, step):
-            rows = slice(start, start + step) if values.ndim else ()
-            first = [places[1][rows]] if values.ndim else []
-            group = sum(first + places[2:], places[0]).div(run, rounding_mode="floor")
-            copy_strided(values[rows], round_product(parts["payload"][rows].float(), factors[group], values.dtype))
+        if values.ndim:
+            _decode_by_place(parts["payload"], values, first, apart, factors, run)
+        else:
+            _decode_by_place(parts["payload"].view(1), values.view(1), first, (1,), factors, run)
 
     def _write_anew(
         self,
@@ -108,3 +103,25 @@ class GroupInt(BlockScaled):
 
     def _grid(self, code_shape: tuple[int, ...], offset: tuple[int, int] = (0, 0)) -> BlockGrid:
         return BlockGrid(tuple(code_shape), (1, None), offset)
+
+
+def _decode_by_place(
+    codes: Tensor, values: Tensor, first: int, apart: tuple[int, ...], factors: Tensor, run: int
+) -> None:
+    """Decode a box of a flat tensor in which each `run` has a factor, some rows at a time.
+
+    Its first element lies at the place `first`, neighbours in each dimension so far `apart`.
+    """
+    row = values[0].numel()
+    if values.ndim > 1 and row > STRIP_ELEMENTS:
+        for place in range(len(values)):
+            _decode_by_place(codes[place], values[place], first + place * apart[0], apart[1:], factors, run)
+        return
+    step = max(1, STRIP_ELEMENTS // row)
+    for start in range(0, len(values), step):
+        mine, theirs = values[start : start + step], codes[start : start + step]
+        places = torch.tensor(first + start * apart[0], device=values.device)
+        for size, distance in zip(mine.shape, apart, strict=True):
+            places = places[..., None] + torch.arange(size, device=values.device) * distance
+        products = round_product(theirs.float(), factors[places.div(run, rounding_mode="floor")], values.dtype)
+        copy_strided(mine, products)

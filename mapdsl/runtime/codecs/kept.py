@@ -80,9 +80,17 @@ class Kept:
         )
 
 
-def choose_kept(payload: Tensor, where: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`codes` and `where` of a `Kept` from the positions that do not come back: the whole payload if that is less."""
-    if len(where) * (8 + payload.element_size()) >= payload.nbytes > 0:
+def as_many_as_all(payload: Tensor) -> int:
+    """How many elements, kept with their positions, take as much as the whole payload."""
+    return max(1, -(-payload.nbytes // (8 + payload.element_size())))
+
+
+def choose_kept(payload: Tensor, where: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`codes` and `where` of a `Kept` from the positions that do not come back, or None for too many to list.
+
+    The whole payload is kept if that is less.
+    """
+    if where is None or len(where) >= as_many_as_all(payload):
         return payload.clone(memory_format=torch.contiguous_format), None
     if not len(where):  # nearly always; picking none costs as much as picking some
         return payload.new_empty(0), where

@@ -1,8 +1,7 @@
 """Where the loops of the block-scaled codecs run: in torch's operators, or compiled, with the same bytes.
 
 Compiled kernels are used where numba is installed, for large tensors in a CPU's memory, whose working type is bf16 or
-f32. MAPDSL_KERNELS says otherwise: `torch` never uses them,
-`compiled` wherever they exist, for small tensors too.
+f32. MAPDSL_KERNELS says otherwise: `torch` never uses them, `compiled` wherever they exist, for small tensors too.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ import importlib
 import importlib.util
 import os
 import threading
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Protocol, TypeVar
 
 import torch
@@ -48,7 +49,7 @@ class Kernels(Protocol):
         """The largest magnitude of each block, float32 `[bands, groups]`; NaNs are the largest."""
 
 
-_kernels: list[Kernels | None] = []
+_kernels: list[Kernels | str] = []
 _lock = threading.Lock()
 
 
@@ -60,58 +61,88 @@ def compiled_kernels(element: Element, dtype: torch.dtype, device: torch.device,
     able = device.type == "cpu" and dtype in COMPILED_DTYPES and isinstance(element, TableElement)
     if wish == "torch" or not able or (wish == "auto" and values < WORTHWHILE):
         return None
-    kernels = _loaded()
-    if kernels is None and wish == "compiled":
-        raise ConversionError("C505", "MAPDSL_KERNELS is compiled, and numba is missing: pip install mapdsl[fast]")
+    with _lock:
+        if not _kernels:
+            _kernels.append(_load())
+    found = _kernels[0]
+    if not isinstance(found, str):
+        return found
+    if wish == "compiled":
+        raise ConversionError("C505", f"MAPDSL_KERNELS is compiled, and {found}")
+    return None
+
+
+def _load() -> Kernels | str:
+    """The compiled kernels, or why there are none."""
+    if __name__ != "mapdsl.runtime.codecs.kernels":
+        return "an adapter in one file, which needs torch alone, has no compiled kernels"
+    if importlib.util.find_spec("numba") is None:
+        return "numba is missing: pip install mapdsl[fast]"
+    try:
+        kernels: Kernels = importlib.import_module("mapdsl.runtime.codecs.compiled").CompiledKernels()
+    except (ImportError, SystemError, AttributeError, RuntimeError, TypeError, OSError) as err:
+        # What releases of numba raise that do not fit numpy, Python or the machine.
+        warnings.warn(f"numba is installed and cannot be imported, so that codecs are slower: {err}", stacklevel=2)
+        return f"numba cannot be imported: {err}"
     return kernels
 
 
-def _loaded() -> Kernels | None:
-    """The compiled kernels, where there are any: an adapter in one file, which needs torch alone, has none."""
-    with _lock:
-        if not _kernels:
-            is_home = __name__ == "mapdsl.runtime.codecs.kernels"
-            if is_home and importlib.util.find_spec("numba") is not None:
-                _kernels.append(importlib.import_module("mapdsl.runtime.codecs.compiled").CompiledKernels())
-            else:
-                _kernels.append(None)
-        return _kernels[0]
-
-
 def each(work: Callable[[T], object], items: Iterable[T], device: torch.device) -> None:
-    """Do work on each item, on as many threads as torch would use for one operator.
+    """Do work on each item, on as many threads as torch would use for one operator; nothing of it is differentiated.
 
     That many operators on small tensors at once, each on one thread, cost less than all threads on one after another.
     Work may call this again: then it goes on on its own thread. Work for a device that is no CPU is queued by one.
+    An error is raised when no thread is at work any more.
     """
-    given = list(items)
+    waiting = deque(items)
+    is_inference = torch.is_inference_mode_enabled()
+
+    def run() -> None:
+        # What torch is told by `with` holds for one thread.
+        with torch.inference_mode(is_inference), torch.no_grad():
+            while waiting:
+                try:
+                    item = waiting.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                work(item)
+
     alone = device.type != "cpu" or hasattr(_role, "is_worker")
-    threads = 1 if alone else torch.get_num_threads()
-    if threads < 2 or len(given) < 2:
-        for item in given:
-            work(item)
-    else:
-        try:
-            for _ in _pool(threads).map(work, given):
-                pass
-        finally:
-            torch.set_num_threads(threads)  # for threads that start later; workers have said 1
+    threads = 1 if alone else min(torch.get_num_threads(), len(waiting))
+    if threads < 2:
+        run()
+        return
+    pool = _pool(threads)
+    running = [pool.submit(run) for _ in range(threads)]
+    try:
+        wait(running, return_when=FIRST_EXCEPTION)
+    finally:
+        waiting.clear()
+        wait(running)
+    for one in running:
+        one.result()
 
 
 _role = threading.local()
-_pools: dict[int, ThreadPoolExecutor] = {}
+_pools: dict[int, ThreadPoolExecutor] = {}  # by their number of threads; at most one
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """A pool that stays: new threads would have to touch new memory."""
+    """A pool of so many threads or more, which stays: new threads would have to touch new memory."""
     with _lock:
-        if threads not in _pools:
-            _pools[threads] = ThreadPoolExecutor(threads, "mapdsl-codecs", _mark_worker)
-        return _pools[threads]
+        if not any(size >= threads for size in _pools):
+            _pools.clear()  # threads of a pool that nobody holds end
+            before = torch.get_num_threads()
+            _pools[before] = pool = ThreadPoolExecutor(before, "mapdsl-codecs", work_alone)
+            all_marked = threading.Barrier(before, timeout=60)
+            wait([pool.submit(all_marked.wait) for _ in range(before)])
+            torch.set_num_threads(before)  # for threads that start later: the workers have said 1
+        (pool,) = _pools.values()
+        return pool
 
 
-def _mark_worker() -> None:
-    """A worker does all of its work alone."""
+def work_alone() -> None:
+    """Say that this thread is one of several that share work: it shares out none of its own, and has one of torch's."""
     _role.is_worker = True
     torch.set_num_threads(1)
 

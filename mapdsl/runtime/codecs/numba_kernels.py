@@ -7,9 +7,12 @@ arithmetic on 32-bit lanes. Tensors come as flat arrays and the distance between
 from __future__ import annotations
 
 import functools
+import hashlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from llvmlite import binding  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.extending import overload
 
@@ -58,13 +61,23 @@ class Form(NamedTuple):
     high: np.float32
 
 
-def compiled(function: Any) -> Any:
-    """Division by zero gives infinity, as in torch; other threads may run; machine code is kept between processes."""
+# Other threads may run; dividing by zero gives infinity, as in torch.
+compiled: Callable[[Any], Any] = njit(nogil=True, error_model="numpy")
+
+
+def kept_on_disk(kernel: Any, *made_for: Any) -> Any:
+    """A kernel of one signature, compiled; its machine code is kept between processes, in a file of its own.
+
+    numba numbers the files of all kernels of one name, and where two processes compile at once, both may give a number
+    to different kernels: the wrong one would be found there for good. So each has a name of its own.
+    """
+    what = repr((made_for, binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()))
+    kernel.__qualname__ = f"{kernel.__name__}.{hashlib.sha256(what.encode()).hexdigest()[:16]}"
     try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
+        return njit(nogil=True, error_model="numpy", cache=True)(kernel)
     except RuntimeError:
         # There is no folder to keep it in that may be written to.
-        return njit(nogil=True, error_model="numpy")(function)
+        return compiled(kernel)
 
 
 # --- one element ---
@@ -210,13 +223,13 @@ def _spread(factors: Any, band: Any, width: Any, scales: Any) -> Any:
 
 
 @functools.cache
-def decoder(form: Any, per: Any) -> Any:
+def decoder(form: Any, per: Any, bits: int) -> Any:
     """The kernel that decodes blocks of `height` x `width` bytes of `per` codes each, low nibble first.
 
-    `codes` are uint8, `values` the bits of bf16 (uint16) or float32 (uint32), `factors` float32 `[bands, groups]`.
+    `codes` are uint8, `values` those of bf16 (16 `bits`, uint16) or float32 (32, uint32), `factors` float32 `[bands,
+    groups]`.
     """
 
-    @compiled
     def decode(
         codes: Any, code_stride: Any, values: Any, value_stride: Any, factors: Any, height: Any, width: Any
     ) -> Any:
@@ -241,14 +254,13 @@ def decoder(form: Any, per: Any) -> Any:
                     for place in range(row_width):
                         _read_one(mine, place, scales[place], theirs, form, per)
 
-    return decode
+    return kept_on_disk(decode, form, per, bits)
 
 
 @functools.cache
-def encoder(form: Any, per: Any) -> Any:
+def encoder(form: Any, per: Any, bits: int) -> Any:
     """The kernel that encodes them; arguments as those of `decoder`."""
 
-    @compiled
     def encode(
         codes: Any, code_stride: Any, values: Any, value_stride: Any, factors: Any, height: Any, width: Any
     ) -> Any:
@@ -273,20 +285,25 @@ def encoder(form: Any, per: Any) -> Any:
                     for place in range(row_width):
                         _write_one(mine, place, scales[place], theirs, form, per)
 
-    return encode
+    return kept_on_disk(encode, form, per, bits)
 
 
-@compiled
-def largest(values: Any, stride: Any, height: Any, width: Any, magnitudes: Any) -> Any:
-    """The largest magnitude, as bits, of blocks of `height` x `width` values: uint16 or uint32 `[bands, groups]`."""
-    bands, groups = magnitudes.shape
-    sign = values.dtype.type(1) << values.dtype.type(8 * values.itemsize - 1)
-    for band in range(bands):
-        for row in range(band * height, (band + 1) * height):
-            for group in range(groups):
-                start = row * stride + group * width
-                some = values[start : start + width]
-                found = magnitudes[band, group]
-                for place in range(width):
-                    found = max(found, some[place] & ~sign)
-                magnitudes[band, group] = found
+@functools.cache
+def measurer(bits: int) -> Any:
+    """The kernel that finds the largest magnitudes of blocks of values of so many bits."""
+
+    def largest(values: Any, stride: Any, height: Any, width: Any, magnitudes: Any) -> Any:
+        """The largest magnitudes, as bits (uint16 or uint32 `[bands, groups]`), of blocks of `height` x `width`."""
+        bands, groups = magnitudes.shape
+        sign = values.dtype.type(1) << values.dtype.type(8 * values.itemsize - 1)
+        for band in range(bands):
+            for row in range(band * height, (band + 1) * height):
+                for group in range(groups):
+                    start = row * stride + group * width
+                    some = values[start : start + width]
+                    found = magnitudes[band, group]
+                    for place in range(width):
+                        found = max(found, some[place] & ~sign)
+                    magnitudes[band, group] = found
+
+    return kept_on_disk(largest, bits)

@@ -83,7 +83,7 @@ class BlockFactors:
 
     def at(self, blocks: Tensor) -> Tensor:
         """The factors of blocks at flat places of the grid, float32 `[n]`."""
-        whole = None if self._whole is None else self._whole.expand(self.scale.shape).reshape(-1)[blocks]
+        whole = None if self._whole is None else self._whole.view(-1)[blocks // self.scale.shape[-1]]
         return self._made(scale_values(self.scale.view(-1)[blocks]), whole)
 
     def _made(self, values: Tensor, whole: Tensor | None) -> Tensor:

@@ -23,5 +23,6 @@ def scratch(use: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
     elements = torch.Size(shape).numel()
     held = _this_thread.buffers.get((use, dtype, device))
     if held is None or held.numel() < elements:
-        held = _this_thread.buffers[use, dtype, device] = torch.empty(elements, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # memory made in that mode could not be written to outside of it
+            held = _this_thread.buffers[use, dtype, device] = torch.empty(elements, dtype=dtype, device=device)
     return held[:elements].view(shape)

@@ -15,11 +15,12 @@ def copy_strided(out: Tensor, source: Tensor) -> None:
     """Copy a tensor to a view of its shape, strip by strip where their fastest dimensions differ.
 
     Into such a view torch copies element by element over the whole tensor, twenty times slower than memory; a whole
-    matrix it transposes in blocks, and that is copied on.
+    matrix it transposes in blocks, and that is copied on. Gradients do not flow through a copy.
     """
+    source = source.detach()
     into, outof = _fastest(out), _fastest(source)
     small = into == outof or out.shape[into] * out.shape[outof] < _SMALL
-    if small or out.device.type != "cpu" or out.dtype != source.dtype:
+    if small or out.device.type != "cpu" or (out.device, out.dtype) != (source.device, source.dtype):
         out.copy_(source)
         return
     if out.ndim > 2:

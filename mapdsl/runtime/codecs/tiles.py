@@ -12,7 +12,10 @@ STRIP_ELEMENTS = 1 << 18  # small enough for a core's caches, large enough that 
 
 
 class Tile(NamedTuple):
-    """`bands` x `groups` blocks of `height` x `width` each; or, of one band of tall blocks, `height` of their rows."""
+    """`bands` x `groups` blocks of `height` x `width` each.
+
+    Of one band of tall blocks it may be `height` of their rows, of one wide block `width` of its columns.
+    """
 
     matrix: int
     row: int
@@ -77,8 +80,8 @@ class BlockGrid:
             yield list(tiles)
 
     def tiles(self, strip: int = STRIP_ELEMENTS) -> Iterator[Tile]:
-        """All elements, each in one tile; tiles of the same rows of blocks follow each other."""
-        spans = list(_runs(self.columns, self.width, self.right))
+        """All elements, each in one tile of `strip` at most; tiles of the same rows of blocks follow each other."""
+        spans = list(self._columns_of_blocks(strip))
         for matrix in range(self.matrices):
             for band in self._rows_of_blocks(strip):
                 for column, groups, width, grid_column in spans:
@@ -96,6 +99,18 @@ class BlockGrid:
                 step = max(1, most // height)
                 for band in range(0, bands, step):
                     yield first + band * height, min(step, bands - band), height, grid_row + band
+
+    def _columns_of_blocks(self, strip: int) -> Iterator[tuple[int, int, int, int]]:
+        """Column, groups, width and grid column of each span: blocks of one width, or columns of a wide one."""
+        for first, groups, width, grid_column in _runs(self.columns, self.width, self.right):
+            if width > strip:
+                for group in range(groups):
+                    for column in range(0, width, strip):
+                        yield first + group * width + column, 1, min(strip, width - column), grid_column + group
+            else:
+                step = strip // width
+                for group in range(0, groups, step):
+                    yield first + group * width, min(step, groups - group), width, grid_column + group
 
     def positions(self, tile: Tile, mask: Tensor) -> Tensor:
         """Flat positions in the tensor, int64, of what a tile's mask `[bands, height, groups, width]` picks."""

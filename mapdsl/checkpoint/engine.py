@@ -1,0 +1,284 @@
+"""The pass over a checkpoint's data, by several workers: each takes the next unit that none has taken.
+
+Every worker goes through the whole conversion; of units that are not its own it sees meta tensors, and gives nothing.
+So a unit needs no plan of its own to be run apart, and the work shares itself out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mapdsl.checkpoint.files import bad_file, reason
+from mapdsl.checkpoint.journal import Journal
+from mapdsl.checkpoint.passes import Plan, another_adapter, run_plan
+from mapdsl.checkpoint.sidecar import Entry, SideFile, SideWriter
+from mapdsl.checkpoint.units import Allocation
+from mapdsl.checkpoint.window import WorkingWindow
+from mapdsl.runtime.codecs.kernels import work_alone
+
+SMALL_BYTES = 2**26  # of output: less is done before a second worker has come so far
+
+
+def convert_tensors(
+    plan: Plan,
+    writer: Writer,
+    entries: MutableMapping[str, Entry],
+    *,
+    workers: int,
+    progress: Callable[[int], object],
+    journal: Journal | None = None,
+) -> None:
+    """Write all outputs of a plan. `progress` is told of bytes; raises what a worker raises, once all have stopped.
+
+    Units that the journal has are done already; those that are finished are noted there.
+    """
+    total = sum(map(plan.nbytes, plan.forms))
+    run = _Run(plan, writer, entries, progress, journal)
+    run.take_over()
+    if workers < 2 or total < SMALL_BYTES:
+        _Worker(run).work()
+        return
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, "mapdsl-convert", work_alone) as pool:
+            futures = [pool.submit(_Worker(run).work) for _ in range(workers)]
+            try:
+                wait(futures)
+            except BaseException:  # an interrupt, say: leaving the pool waits for the workers
+                run.failed.set()
+                raise
+        failures = [problem for future in futures if (problem := future.exception()) is not None]
+    finally:
+        torch.set_num_threads(threads)
+    for problem in failures:
+        if not isinstance(problem, _StoppedError):
+            raise problem
+
+
+class Writer(Protocol):
+    """Where the outputs go: see `CheckpointWriter`, whose methods these are."""
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor."""
+
+    def copy(self, name: str, tensor: Tensor, source: Path, offset: int) -> None:
+        """Take a tensor whose bytes lie in a file from an offset on."""
+
+    def view(self, name: str) -> Tensor | None:
+        """Memory to fill with a tensor, if there is any."""
+
+    def viewed(self, name: str, tensor: Tensor) -> None:
+        """Such memory is filled."""
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was taken."""
+
+    def take_over(self, names: Iterable[str]) -> None:
+        """Tensors that an earlier run has written."""
+
+
+class _StoppedError(Exception):
+    """Another worker failed."""
+
+
+class _Run:
+    """What the workers share."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        writer: Writer,
+        entries: MutableMapping[str, Entry],
+        progress: Callable[[int], object],
+        journal: Journal | None,
+    ) -> None:
+        self.plan, self.writer, self.entries, self.progress, self.journal = plan, writer, entries, progress, journal
+        self.failed = threading.Event()
+        self.lock = threading.Lock()
+        self._taken = [False] * plan.units.count
+        self.members: list[tuple[list[str], list[str]]] = [([], []) for _ in self._taken]
+        for place, numbers in enumerate((plan.units.of_source, plan.units.of_output)):
+            for name, unit in numbers.items():
+                self.members[unit][place].append(name)
+
+    def take(self, unit: int) -> bool:
+        """Take a unit, if none has."""
+        with self.lock:
+            free = not self._taken[unit]
+            self._taken[unit] = True
+        return free
+
+    def take_over(self) -> None:
+        """What the journal says is done."""
+        units, edited = self.plan.units, self.plan.adapter.complement.edited
+        done: set[int] = set()
+        for record in self.journal.done if self.journal is not None else ():
+            done.add(record["unit"])
+            edited.update(record["edited"])
+            if isinstance(self.entries, SideWriter):
+                self.entries.restore(record["kept"])
+        names = [name for name, unit in units.of_output.items() if unit in done]
+        for unit in done:
+            self._taken[unit] = True
+        self.writer.take_over(self.plan.name_of(name) for name in names)
+        self.progress(sum(map(self.plan.nbytes, names)))
+
+    def finish(self, unit: int, kept: Iterable[str], edited: Mapping[str, int]) -> None:
+        """Note that a unit is done, with what was kept of its tensors, and which of them were edited."""
+        if self.journal is None:
+            return
+        record = self.entries.record(kept) if isinstance(self.entries, SideWriter) else []
+        try:
+            self.journal.add({"unit": unit, "kept": record, "edited": dict(edited)})
+        except OSError as problem:
+            message = f"cannot write the journal: {reason(problem)}"
+            raise bad_file(self.journal.destination, message, self.journal.advice) from problem
+
+
+@dataclass
+class _Open:
+    """What is left to do of a unit, and what was kept of it."""
+
+    outputs: set[str]
+    sources: set[str]
+    kept: list[str] = field(default_factory=list)
+
+
+class _Worker:
+    """One pass over the checkpoint."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run = run
+        self._mine: dict[int, bool] = {}
+        self._places: dict[str, Tensor] = {}
+        self._open: dict[int, _Open] = {}
+        self._noted: set[str] = set()  # of what was edited
+        self.window = WorkingWindow(
+            run.plan.request.checkpoint,
+            lambda name: self._is_mine(run.plan.units.of_source[name]),
+            self._place,
+            self._settle,
+        )
+        self._adapter = another_adapter(run.plan)
+
+    def work(self) -> None:
+        """Go through the conversion."""
+        run = self.run
+        try:
+            run_plan(run.plan, self.window, self._sink, self._read_back, _OwnEntries(self), self._adapter)
+            self._settle()
+        except BaseException:
+            run.failed.set()
+            raise
+        finally:
+            self.window.close()
+        with run.lock:
+            run.plan.adapter.complement.edited.update(self._adapter.complement.edited)
+
+    @property
+    def at_own(self) -> bool:
+        """Whether the group at work is of a unit of this worker."""
+        return self.window.looked_at is None or self._is_mine(self.run.plan.units.of_source[self.window.looked_at])
+
+    def _is_mine(self, unit: int) -> bool:
+        if self.run.failed.is_set():
+            raise _StoppedError
+        if unit not in self._mine:
+            self._mine[unit] = self.run.take(unit)
+            if self._mine[unit]:
+                sources, outputs = self.run.members[unit]
+                self._open[unit] = _Open(set(outputs), set(sources))
+        return self._mine[unit]
+
+    def _settle(self) -> None:
+        """Between two groups: note the units of which nothing is left to do."""
+        for unit, left in list(self._open.items()):
+            left.sources.difference_update(name for name in list(left.sources) if name in self.window.asked)
+            if not left.outputs and not left.sources:
+                del self._open[unit]
+                edited = self._adapter.complement.edited
+                fresh = {name: count for name, count in edited.items() if name not in self._noted}
+                self._noted |= fresh.keys()
+                self.run.finish(unit, left.kept, fresh)
+
+    def keep(self, name: str) -> None:
+        """Something was kept of a tensor of the group at work."""
+        looked_at = self.window.looked_at
+        if looked_at is not None:
+            self._open[self.run.plan.units.of_source[looked_at]].kept.append(name)  # open: its group is at work
+
+    def _place(self, allocation: Allocation) -> Tensor | None:
+        """Memory in the output for what a group fills, where that is an output as it is."""
+        name = self.run.plan.units.in_place.get(allocation)
+        if name is None:
+            return None
+        memory = self.run.writer.view(self.run.plan.name_of(name))
+        if memory is not None:
+            self._places[name] = memory
+        return memory
+
+    def _sink(self, name: str, tensor: Tensor) -> None:
+        plan, writer = self.run.plan, self.run.writer
+        unit = plan.units.of_output.get(name)
+        if unit is not None and not self._is_mine(unit):  # a name that was not planned is for the writer to refuse
+            return
+        if tensor.is_meta:
+            raise AssertionError(f"{name} came without data: it belongs to two units")
+        target, placed = plan.name_of(name), self._places.pop(name, None)
+        if placed is not None and placed.data_ptr() == tensor.data_ptr():
+            writer.viewed(target, tensor)
+        elif (found := self.window.range_of(tensor)) is not None:
+            writer.copy(target, tensor, *found)
+        else:
+            writer.write(target, tensor)
+        if unit is not None:
+            self._open[unit].outputs.discard(name)
+        with self.run.lock:
+            self.run.progress(tensor.nbytes)
+
+    def _read_back(self, name: str) -> Tensor:
+        plan = self.run.plan
+        if self._is_mine(plan.units.of_output[name]):
+            return self.run.writer.read(plan.name_of(name))
+        dtype, shape = plan.forms[name]
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class _OwnEntries(MutableMapping[str, Entry]):
+    """The entries of a complement, of this worker's tensors alone; of others, dtypes and shapes."""
+
+    def __init__(self, worker: _Worker) -> None:
+        self._worker, self._entries = worker, worker.run.entries
+
+    def __getitem__(self, name: str) -> Entry:
+        if isinstance(self._entries, SideFile):
+            return self._entries.entry(name, is_meta=not self._worker.at_own)
+        return self._entries[name]
+
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        if self._worker.at_own:
+            self._entries[name] = entry
+            self._worker.keep(name)
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def clear(self) -> None:
+        """What the workers share is not one worker's to forget."""

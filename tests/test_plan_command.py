@@ -1,0 +1,79 @@
+"""`mapdsl plan`: what it says is what `mapdsl convert` does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import mapdsl
+from mapdsl.cli.main import main
+from mapdsl.demo import small_config, write_release
+
+LISTINGS = Path(__file__).parent / "data" / "listings"
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan") / "released"
+    write_release(folder, small_config())
+    return folder
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["plan", *arguments, "--map", "deepseek_v4", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_it_says_what_is_done(released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for source, target in ((released, "model"), (tmp_path / "model", "back")):
+        plan = planned(capsys, str(source), str(tmp_path / target))
+        assert not (tmp_path / target).exists()
+        done = mapdsl.convert(source, tmp_path / target, "deepseek_v4")
+        files = [tmp_path / target / name for name in done.files]
+        assert plan["bytes_written"] == sum(file.stat().st_size for file in files)
+        assert (plan["tensors_read"], plan["tensors_written"]) == (done.tensors_read, done.tensors_written)
+        assert (plan["bytes_read"], plan["files_written"]) == (done.bytes_read, len(done.files))
+        assert (plan["source_side"], plan["target_side"]) == (done.source_side, done.target_side)
+        units = plan["units"]
+        assert sum(unit["outputs"] for unit in units) + len(plan["dropped"]) >= done.tensors_written
+        assert sum(unit["bytes_read"] for unit in units) <= plan["bytes_read"]
+        if done.kept_bytes is None:
+            assert plan["kept_bytes"] is None
+        else:
+            assert 0 < plan["kept_bytes"] <= done.kept_bytes
+
+
+def test_stacked_experts_need_no_memory(released: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    units = {unit["output"]: unit for unit in planned(capsys, str(released))["units"]}
+    experts = [unit for name, unit in units.items() if name.endswith("gate_and_up_projs")]
+    assert experts and all(unit["held_bytes"] == 0 and unit["sources"] > 2 for unit in experts)
+
+
+def test_a_listing_will_do(capsys: pytest.CaptureFixture[str]) -> None:
+    listing, config = LISTINGS / "deepseek_v4_flash.list", LISTINGS / "deepseek_v4_flash.config.json"
+    assert main(["plan", str(listing), "--map", "deepseek_v4", "--config", str(config)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == ["  read    69,187 tensors, 159.6 GB", "  write   1,316 tensors, 582.0 GB in 89 files"]
+
+
+def test_a_disk_that_is_too_small(
+    released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert main(["plan", str(released), str(tmp_path / "out"), "--map", "deepseek_v4"]) == 1
+    assert "C507" in (text := capsys.readouterr().err) and "the disk has 1,000 free" in text
+
+
+def test_what_speaks_against_the_conversion_is_an_error(
+    released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(released / "tokenizer.json"), "--map", "deepseek_v4"]) == 1
+    assert main(["plan", str(released), "--map", "deepseek_v4", "--param", "D=31"]) == 1
+    assert "R606" in capsys.readouterr().err
+    assert main(["plan", str(released), "--map", "deepseek_v4", "--workers", "0"]) == 2
+    assert main(["plan", str(released), "--map", "deepseek_v4", "--to", "nowhere"]) == 2
