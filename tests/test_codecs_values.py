@@ -14,7 +14,7 @@ from torch import Tensor
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.formats import as_bits
 from mapdsl.runtime.codecs.kept import Kept
-from mapdsl.runtime.codecs.values import Add, Cast, NarrowCast, NegExp
+from mapdsl.runtime.codecs.values import Add, Cast, NarrowCast, NegExp, Reversible
 from mapdsl.runtime.errors import ConversionError
 
 WORKING = [torch.bfloat16, torch.float32, torch.float16]
@@ -203,3 +203,34 @@ def test_decoded_memory_is_its_own() -> None:
         values = torch.full((3,), -1.0)
         one.encode(KEY, values).parts[KEY].zero_()
         assert values.tolist() == [-1.0] * 3
+
+
+@pytest.mark.parametrize("codec", [Add("a", 1.0), NarrowCast("n", "f8e5m2")], ids=["add", "e5m2"])
+def test_strips_are_put_together(codec: Reversible, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was kept in a strip, in any order of positions, comes back in it; edits are counted in all of them."""
+    monkeypatch.setattr("mapdsl.runtime.codecs.values.STRIP_ELEMENTS", 64)
+    values = (torch.arange(1000) % 64 / 64).to(torch.bfloat16 if isinstance(codec, Add) else torch.float8_e5m2)
+    if isinstance(codec, Add):
+        values[::97] = 1e-3  # lost beside 1
+    else:
+        values.view(torch.uint8)[::97] = 0x7D  # a NaN that is not written
+    stored = values.view(10, 100)
+    kept = codec.keep("x", {"x": stored})
+    assert kept.where is not None and len(kept.where) > 3
+    order = torch.randperm(len(kept.where))
+    shuffled = replace(kept, where=kept.where[order], codes=kept.codes.view(-1)[order])
+    logical = codec.decode("x", {"x": stored})
+    for one in (kept, shuffled):
+        back = codec.encode("x", logical, one)
+        assert back.edited == 0 and torch.equal(as_bits(back.parts["x"]), as_bits(stored))
+    out = torch.empty_like(stored)
+    assert codec.encode("x", logical, kept, out=out).parts["x"] is out and torch.equal(as_bits(out), as_bits(stored))
+
+
+@pytest.mark.parametrize("codec", [Cast("c", "f16"), NarrowCast("n", "f8e4m3")], ids=["f16", "e4m3"])
+def test_what_overflows_in_a_later_strip_is_named(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mapdsl.runtime.codecs.values.STRIP_ELEMENTS", 64)
+    values = torch.ones(10, 100)
+    values[7, 31] = 1e9
+    with pytest.raises(ConversionError, match=r"element \[7, 31\] is 1000000000.0, which overflows"):
+        codec.encode("x", values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from mapdsl.runtime.codecs.base import Codec, Encoded, Slice, unflatten_index
 from mapdsl.runtime.codecs.elements import MiniFloat, element_named
 from mapdsl.runtime.codecs.formats import DTYPE_BY_SPELLING, FLOAT_DTYPES, as_bits, dtype_name, exact_cast
-from mapdsl.runtime.codecs.kept import Kept, choose_kept
+from mapdsl.runtime.codecs.kept import Kept, as_many_as_all, choose_kept
 from mapdsl.runtime.codecs.storage import DTYPES, Storage
 from mapdsl.runtime.codecs.strided import copy_strided
 from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS
@@ -82,10 +83,15 @@ class Cast(OneToOne):
         self.check_working(key, tensor.dtype)
         if kept is not None:
             self.check_kept(key, tensor, kept, tuple(tensor.shape))
-        stored = exact_cast(tensor, self.dtype)
-        if not tensor.is_meta and torch.finfo(tensor.dtype).max > torch.finfo(self.dtype).max:
-            refuse_where(self, key, tensor, stored.isinf() & ~tensor.isinf(), f"overflows {dtype_name(self.dtype)}")
-        return Encoded({self.payload(key): stored.clone() if out is None else self.written(key, stored, out)})
+        payload = self.memory(key, tuple(tensor.shape), self.dtype, tensor.device, out)
+        narrows = torch.finfo(tensor.dtype).max > torch.finfo(self.dtype).max
+        for rows in _strips(tensor) if not tensor.is_meta else ():
+            stored = exact_cast(tensor[rows], self.dtype)
+            if narrows and (stored.isinf() & ~tensor[rows].isinf()).any():
+                overflows = exact_cast(tensor, self.dtype).isinf() & ~tensor.isinf()
+                refuse_where(self, key, tensor, overflows, f"overflows {dtype_name(self.dtype)}")
+            copy_strided(payload[rows], stored)
+        return Encoded({self.payload(key): payload})
 
 
 class Reversible(OneToOne):
@@ -104,11 +110,14 @@ class Reversible(OneToOne):
         stored = self.stored_part(key, parts, dtype).contiguous()
         where = [torch.empty(0, dtype=torch.int64, device=stored.device)]
         if not stored.is_meta and stored.numel():
-            flat = stored.view(-1)
+            flat, left = stored.view(-1), as_many_as_all(stored)
             for start in range(0, len(flat), STRIP_ELEMENTS):
                 strip = flat[start : start + STRIP_ELEMENTS]
                 again = self.undo(self.change(strip, dtype), stored.dtype)
                 where.append((as_bits(again) != as_bits(strip)).nonzero().flatten() + start)
+                left -= len(where[-1])
+                if left <= 0:
+                    return Kept(self.name, dtype, tuple(stored.shape), *choose_kept(stored, None))
         return Kept(self.name, dtype, tuple(stored.shape), *choose_kept(stored, torch.cat(where)))
 
     def encode(self, key: str, tensor: Tensor, kept: Kept | None = None, *, out: Tensor | None = None) -> Encoded:
@@ -117,28 +126,46 @@ class Reversible(OneToOne):
         self.check_working(key, tensor.dtype)
         if kept is not None:
             self.check_kept(key, tensor, kept, tuple(tensor.shape))
-        stored = self.undo(tensor, tensor.dtype if kept is None else kept.codes.dtype)
-        if tensor.is_meta:
-            return Encoded({self.payload(key): self.written(key, stored, out)})
-        self.refuse(key, tensor)
-        if kept is None:
-            return Encoded({self.payload(key): self.written(key, stored, out)})
-        back = self._kept_everywhere(stored, kept.to(tensor.device))
-        fits = self._means(back, tensor, kept.dtype)
+        dtype = tensor.dtype if kept is None else kept.codes.dtype
+        stored_dtype = self.undo(torch.empty(0, dtype=tensor.dtype, device="meta"), dtype).dtype
+        payload = self.memory(key, tuple(tensor.shape), stored_dtype, tensor.device, out)
+        edited = 0
+        if not tensor.is_meta:
+            if kept is not None:
+                kept = _in_order(kept.to(tensor.device))
+            values, target = tensor.view(-1), payload.view(-1)
+            for start in range(0, len(values), STRIP_ELEMENTS):
+                strip = values[start : start + STRIP_ELEMENTS]
+                self._refuse_in(key, tensor, strip)
+                stored = self.undo(strip, dtype)
+                if kept is not None:
+                    stored, count = self._restored(stored, strip, start, kept)
+                    edited += count
+                target[start : start + STRIP_ELEMENTS] = stored
+        return Encoded({self.payload(key): payload}, edited)
+
+    def _refuse_in(self, key: str, tensor: Tensor, strip: Tensor) -> None:
+        """D403 as `refuse` has it, which names the place in the whole tensor."""
+        try:
+            self.refuse(key, strip)
+        except ConversionError:
+            self.refuse(key, tensor)
+
+    def _restored(self, stored: Tensor, strip: Tensor, start: int, kept: Kept) -> tuple[Tensor, int]:
+        """A strip's stored elements as they were kept, where those mean its values; and how many mean others."""
+        if kept.where is None:
+            back = kept.codes.reshape(-1)[start : start + len(strip)]
+        else:
+            first, last = torch.searchsorted(kept.where, kept.where.new_tensor([start, start + len(strip)])).tolist()
+            back = stored.clone()
+            as_bits(back)[kept.where[first:last] - start] = as_bits(kept.codes)[first:last]
+        fits = self._means(back, strip, kept.dtype)
         stored = torch.where(fits, as_bits(back), as_bits(stored)).view(stored.dtype)
-        edited = ~self._means(stored, tensor, kept.dtype)
-        return Encoded({self.payload(key): self.written(key, stored, out)}, int(edited.sum()))
+        return stored, int((~self._means(stored, strip, kept.dtype)).sum())
 
     def _means(self, stored: Tensor, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """A mask of stored elements that decode, in `dtype`, to what the tensor holds, bit by bit."""
         return as_bits(exact_cast(self.change(stored, dtype), tensor.dtype)) == as_bits(tensor)
-
-    def _kept_everywhere(self, stored: Tensor, kept: Kept) -> Tensor:
-        if kept.where is None:
-            return kept.codes
-        back = stored.clone()
-        as_bits(back).view(-1)[kept.where] = as_bits(kept.codes)
-        return back
 
 
 class NarrowCast(Reversible):
@@ -256,6 +283,14 @@ def refuse_where(codec: Codec, key: str, tensor: Tensor, mask: Tensor, what: str
         place = int(mask.flatten().to(torch.uint8).argmax())
         found = f"element {unflatten_index(place, tensor.shape)} is {tensor.flatten()[place].item()}"
         raise ConversionError("D403", f"{codec.payload(key)}: {found}, which {what}")
+
+
+def _in_order(kept: Kept) -> Kept:
+    """The same with ascending positions: those of a side file may come in any order."""
+    if kept.where is None or bool((kept.where[1:] >= kept.where[:-1]).all()):
+        return kept
+    order = kept.where.argsort(stable=True)
+    return replace(kept, where=kept.where[order], codes=kept.codes[order])
 
 
 def _strips(tensor: Tensor) -> Iterator[slice | tuple[()]]:
