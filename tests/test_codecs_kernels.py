@@ -170,6 +170,7 @@ def written(codec: BlockScaled, values: Tensor, factors: Tensor) -> Tensor:
 
 def test_threads_share_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAPDSL_KERNELS", "compiled")
+    monkeypatch.setattr(kernels, "ITEMS_A_THREAD", 1)
     codec = BlockScaled("c", "f8e4m3", (128, 128))
     values = torch.randn(1280, 1024).bfloat16()
     before = torch.get_num_threads()

@@ -39,6 +39,7 @@ CODECS: dict[str, Codec] = {
 
 @pytest.fixture(autouse=True)
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(kernels, "ITEMS_A_THREAD", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -245,3 +246,16 @@ def test_one_group_of_a_tensor_that_is_wider_than_a_strip(monkeypatch: pytest.Mo
         assert same(codec.decode(KEY, parts, torch.float32), decoded)
         turned = torch.empty(300_002, 3).T
         assert same(codec.decode(KEY, parts, out=turned), decoded)
+
+
+def test_a_few_items_wake_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "ITEMS_A_THREAD", 8)
+    for count, threads in ((15, 1), (16, 2)):
+        at_work: set[int] = set()
+
+        def work(item: int, at_work: set[int] = at_work) -> None:
+            at_work.add(threading.get_ident())
+            time.sleep(0.01)
+
+        each(work, range(count), CPU)
+        assert len(at_work) == threads

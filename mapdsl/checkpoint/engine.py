@@ -43,9 +43,9 @@ def convert_tensors(
     total = sum(map(plan.nbytes, plan.forms))
     run = _Run(plan, writer, entries, progress, journal)
     run.take_over()
-    if workers < 2 or total < SMALL_BYTES:
-        _Worker(run).work()
-        return
+    if total < SMALL_BYTES:
+        workers = 1
+    # A single worker is a thread of its own too: all of torch's threads for each small operator cost twice the time.
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(workers, "mapdsl-convert", work_alone) as pool:

@@ -24,6 +24,7 @@ from mapdsl.runtime.errors import ConversionError
 
 WORTHWHILE = 1 << 20  # elements: torch does fewer in a millisecond, in which a compiled kernel would not even load
 
+ITEMS_A_THREAD = 8  # at least: to wake a thread takes as long as several tiles
 COMPILED_DTYPES = (torch.bfloat16, torch.float32)  # of values
 
 T = TypeVar("T")
@@ -92,7 +93,7 @@ def each(work: Callable[[T], object], items: Iterable[T], device: torch.device) 
 
     That many operators on small tensors at once, each on one thread, cost less than all threads on one after another.
     Work may call this again: then it goes on on its own thread. Work for a device that is no CPU is queued by one.
-    An error is raised when no thread is at work any more.
+    An error is raised when no thread is at work any more. A few items are not worth waking threads.
     """
     waiting = deque(items)
     is_inference = torch.is_inference_mode_enabled()
@@ -108,7 +109,7 @@ def each(work: Callable[[T], object], items: Iterable[T], device: torch.device) 
                 work(item)
 
     alone = device.type != "cpu" or hasattr(_role, "is_worker")
-    threads = 1 if alone else min(torch.get_num_threads(), len(waiting))
+    threads = 1 if alone else min(torch.get_num_threads(), len(waiting) // ITEMS_A_THREAD)
     if threads < 2:
         run()
         return
