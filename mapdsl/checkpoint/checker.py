@@ -7,8 +7,7 @@ import mmap
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,18 +21,11 @@ from mapdsl.checkpoint.headers import StoredTensor
 from mapdsl.checkpoint.layout import Entry
 from mapdsl.checkpoint.rawbytes import buffer, strips
 from mapdsl.checkpoint.sidecar import Entry as KeptEntry
-from mapdsl.checkpoint.sidecar import SideFile
+from mapdsl.checkpoint.sidecar import SideFile, WriteOnly
 from mapdsl.checkpoint.tensors import LazyState
 from mapdsl.language.diagnostics import MapError
 
 _LARGE_BYTES = 2**26
-
-
-@dataclass(frozen=True)
-class Expected:
-    """The tensors that there are to be, in the place of a file's layout."""
-
-    tensors: tuple[StoredTensor, ...]
 
 
 class Checker:
@@ -49,7 +41,6 @@ class Checker:
         self.checkpoint = checkpoint
         self.is_reference = is_reference
         self._expected = {name: StoredTensor(name, dtype, tuple(shape)) for name, dtype, shape in entries}
-        self.layout = (Expected(tuple(self._expected.values())),)
         self.missing: list[StoredTensor] = []
         self.unknown: list[StoredTensor] = []
         self.differences: dict[str, Difference] = {}
@@ -61,6 +52,11 @@ class Checker:
         self._stand_ins: dict[int, tuple[Tensor, str]] = {}
         self._lock = threading.Lock()
         self._expect()
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensors that there are to be."""
+        return sum(tensor.nbytes for tensor in self._expected.values())
 
     @property
     def compared(self) -> int:
@@ -163,7 +159,7 @@ class Checker:
         return tally.difference()
 
 
-class KeptChecker(MutableMapping[str, KeptEntry]):
+class KeptChecker(WriteOnly):
     """Takes what codecs keep, as the `entries` of an adapter's complement, and compares it with a side file.
 
     Without a side file it counts: `coded` are the tensors that were decoded.
@@ -225,23 +221,6 @@ class KeptChecker(MutableMapping[str, KeptEntry]):
             difference = header_difference(*pair) or _difference(pair[0], tensor, found[role])
             if difference is not None:
                 self.differences.append(difference)
-
-    # The adapter finds nothing here.
-
-    def __getitem__(self, name: str) -> KeptEntry:
-        raise KeyError(name)
-
-    def __delitem__(self, name: str) -> None:
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
-
-    def clear(self) -> None:
-        """There is nothing to forget."""
 
 
 def _difference(stored: StoredTensor, expected: Tensor, found: Tensor) -> Difference | None:

@@ -97,14 +97,14 @@ def compare(
 
 
 @contextmanager
-def byte_bar(total: int, progress: bool) -> Iterator[Callable[[int], object]]:
-    """What to call with the bytes compared of late; a bar runs beside, if it is wanted."""
+def byte_bar(total: int, progress: bool, task: str = "comparing") -> Iterator[Callable[[int], object]]:
+    """What to call with the bytes that are done of late; a bar runs beside, if it is wanted."""
     if not progress:
         yield lambda count: None
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, unit="B", unit_scale=True, desc="comparing", leave=False) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=task, leave=False) as bar:
         yield bar.update
 
 

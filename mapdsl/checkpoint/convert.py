@@ -14,18 +14,17 @@ from typing import Any
 import torch
 
 from mapdsl.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mapdsl.checkpoint.compare import byte_bar
 from mapdsl.checkpoint.direction import choose_plan
 from mapdsl.checkpoint.engine import convert_tensors
 from mapdsl.checkpoint.files import bad_file, read_text
-from mapdsl.checkpoint.headers import LENGTH_BYTES
 from mapdsl.checkpoint.journal import Journal
-from mapdsl.checkpoint.layout import FileLayout, layout_of, plan_layout
-from mapdsl.checkpoint.passes import OptionError, Plan, Request, origin_of, outputs_of
+from mapdsl.checkpoint.layout import FileLayout, plan_layout
+from mapdsl.checkpoint.passes import OptionError, Plan, Request, float_dtype, header_texts, origin_of, outputs_of
 from mapdsl.checkpoint.sidecar import SIDE_FILE, Forgetful, SideFile, SideWriter
 from mapdsl.checkpoint.window import Window
 from mapdsl.checkpoint.writer import CheckpointWriter
 from mapdsl.map import Map, load
-from mapdsl.runtime.codecs.formats import DTYPE_BY_NAME, FLOAT_DTYPES, dtype_name
 
 _INDEX = ".safetensors.index.json"
 _INDEXES = (_INDEX, ".bin.index.json")
@@ -108,7 +107,7 @@ def convert(
     request = Request(
         map if isinstance(map, Map) else load(map),
         _opened(source, Path(destination)),
-        _dtype(dtype),
+        float_dtype(dtype),
         quantize,
         dict(params or {}),
         config if config is None or isinstance(config, Mapping) else Path(config),
@@ -153,14 +152,6 @@ def _opened(source: str | os.PathLike[str], destination: Path) -> Checkpoint:
     if whole_folder and destination.resolve().is_relative_to(checkpoint.folder.resolve()):
         raise bad_file(destination, f"the destination lies in the source, {checkpoint.folder}", "choose another place")
     return checkpoint
-
-
-def _dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
-    found = DTYPE_BY_NAME.get(asked) if isinstance(asked, str) else asked
-    if asked is not None and found not in FLOAT_DTYPES:
-        words = ", ".join(dtype_name(dtype) for dtype in FLOAT_DTYPES)
-        raise OptionError(f"tensors are decoded to one of {words}, not {asked}")
-    return found
 
 
 def _format(name: str) -> str:
@@ -261,13 +252,10 @@ def _write_tensors(
     plan: Plan, writer: CheckpointWriter, kept: SideWriter | None, *, workers: int, progress: bool, journal: Journal
 ) -> None:
     """Every tensor to its place, as soon as it is made."""
-    from tqdm import tqdm
-
     total = sum(tensor.nbytes for file in writer.layout for tensor in file.tensors)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress, leave=False)
     entries = plan.side if plan.side is not None else kept if kept is not None else Forgetful()
-    with bar:
-        convert_tensors(plan, writer, entries, workers=workers, progress=bar.update, journal=journal)
+    with byte_bar(total, progress, "writing") as advance:
+        convert_tensors(plan, writer, entries, workers=workers, progress=advance, journal=journal)
         if kept is not None:
             state = Window(plan.request.checkpoint)
             for name in plan.dropped:
@@ -285,9 +273,7 @@ def _write_stored(side: SideFile, writer: CheckpointWriter) -> None:
 
 def _write_side_file(plan: Plan, writer: CheckpointWriter, kept: SideWriter) -> None:
     checkpoint, complement = plan.request.checkpoint, plan.adapter.complement
-    layout = layout_of(checkpoint) if checkpoint.kind == "safetensors" else []
-    headers = {file.name: file.header[LENGTH_BYTES:].decode("utf-8") for file in layout}
-    origin = origin_of(plan, headers, _index(checkpoint))
+    origin = origin_of(plan, header_texts(checkpoint), _index(checkpoint))
     kept.finish(writer.new_file(SIDE_FILE), origin, complement.found, complement.spelled, complement.decoded)
 
 

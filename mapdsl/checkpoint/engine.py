@@ -104,10 +104,7 @@ class _Run:
         self.failed = threading.Event()
         self.lock = threading.Lock()
         self._taken = [False] * plan.units.count
-        self.members: list[tuple[list[str], list[str]]] = [([], []) for _ in self._taken]
-        for place, numbers in enumerate((plan.units.of_source, plan.units.of_output)):
-            for name, unit in numbers.items():
-                self.members[unit][place].append(name)
+        self.members = plan.units.members()
 
     def take(self, unit: int) -> bool:
         """Take a unit, if none has."""
@@ -201,7 +198,7 @@ class _Worker:
     def _settle(self) -> None:
         """Between two groups: note the units of which nothing is left to do."""
         for unit, left in list(self._open.items()):
-            left.sources.difference_update(name for name in list(left.sources) if name in self.window.asked)
+            left.sources = {name for name in left.sources if name not in self.window.asked}
             if not left.outputs and not left.sources:
                 del self._open[unit]
                 edited = self._adapter.complement.edited
@@ -248,8 +245,7 @@ class _Worker:
         plan = self.run.plan
         if self._is_mine(plan.units.of_output[name]):
             return self.run.writer.read(plan.name_of(name))
-        dtype, shape = plan.forms[name]
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return plan.on_meta(name)
 
 
 class _OwnEntries(MutableMapping[str, Entry]):

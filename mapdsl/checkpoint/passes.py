@@ -20,7 +20,8 @@ from torch import Tensor
 from mapdsl.checkpoint.checkpoint import Checkpoint
 from mapdsl.checkpoint.dtypes import dtype_name, stored_shape, torch_dtype, torch_shape
 from mapdsl.checkpoint.files import parse_object, read_text
-from mapdsl.checkpoint.layout import Entry, FileLayout
+from mapdsl.checkpoint.headers import LENGTH_BYTES
+from mapdsl.checkpoint.layout import Entry, FileLayout, layout_of
 from mapdsl.checkpoint.sidecar import SIDE_FILE, Forgetful, Origin, SideFile
 from mapdsl.checkpoint.units import Units
 from mapdsl.checkpoint.window import PlanningWindow, Window
@@ -30,6 +31,7 @@ from mapdsl.language.syntax import parse
 from mapdsl.language.unparse import unparse_header, unparse_statement
 from mapdsl.map import Map
 from mapdsl.runtime.adapter import Adapter
+from mapdsl.runtime.codecs import formats
 from mapdsl.runtime.errors import ConversionError
 
 _HELP = {
@@ -143,11 +145,31 @@ class Plan:
         dtype, shape = self.forms[output]
         return dtype.itemsize * math.prod(shape)
 
+    def on_meta(self, output: str) -> Tensor:
+        """An output of the adapter without its data."""
+        dtype, shape = self.forms[output]
+        return torch.empty(shape, dtype=dtype, device="meta")
+
     def name_of(self, output: str) -> str:
         """The name under which an output is written: of a restored layout, the legacy spelling that was read."""
         if self.restored is not None and self.side is not None:
             return self.side.spelled.get(output, output)
         return output
+
+
+def float_dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that decoded tensors are asked to have; OptionError where it is none of theirs."""
+    found = formats.DTYPE_BY_NAME.get(asked) if isinstance(asked, str) else asked
+    if asked is not None and found not in formats.FLOAT_DTYPES:
+        words = ", ".join(formats.dtype_name(dtype) for dtype in formats.FLOAT_DTYPES)
+        raise OptionError(f"tensors are decoded to one of {words}, not {asked}")
+    return found
+
+
+def header_texts(checkpoint: Checkpoint) -> dict[str, str]:
+    """The JSON text of each safetensors file's header, as a side file keeps them."""
+    layout = layout_of(checkpoint) if checkpoint.kind == "safetensors" else []
+    return {file.name: file.header[LENGTH_BYTES:].decode("utf-8") for file in layout}
 
 
 def noted(problem: MapError, note: str) -> MapError:

@@ -14,7 +14,7 @@ import torch
 from mapdsl.checkpoint.checkpoint import open_checkpoint
 from mapdsl.checkpoint.direction import choose_plan
 from mapdsl.checkpoint.files import bad_file
-from mapdsl.checkpoint.layout import FileLayout, plan_layout
+from mapdsl.checkpoint.layout import plan_layout
 from mapdsl.checkpoint.passes import Plan, Request, outputs_of
 from mapdsl.map import Map, load
 
@@ -96,8 +96,6 @@ def plan_conversion(
     request = Request(rules, checkpoint, dtype, quantize, dict(params or {}), where, use_complement)
     plan = choose_plan(request, to)
     layout = plan.restored or plan_layout(outputs_of(plan, {}), max_shard_bytes=max_shard_bytes)
-    sizes = {tensor.name: tensor.nbytes for file in layout for tensor in file.tensors}
-    copied = [plan.name_of(name) for name in plan.units.copied]
     left, right = request.sides
     planned = Planned(
         source=checkpoint.path,
@@ -106,14 +104,14 @@ def plan_conversion(
         tensors_read=len(checkpoint.tensors),
         bytes_read=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
         files_read=len(checkpoint.files),
-        tensors_written=len(sizes),
+        tensors_written=sum(len(file.tensors) for file in layout),
         bytes_written=sum(file.size for file in layout),
         files_written=len(layout),
-        copied_tensors=len(copied),
-        copied_bytes=sum(sizes[name] for name in copied),
+        copied_tensors=len(plan.units.copied),
+        copied_bytes=sum(plan.nbytes(name) for name in plan.units.copied),
         dropped=tuple(plan.dropped),
         kept_bytes=_kept_bytes(plan),
-        units=_units(plan, layout),
+        units=_units(plan),
         workers=workers or torch.get_num_threads(),
         free_bytes=None if destination is None else shutil.disk_usage(Path(destination).absolute().parent).free,
     )
@@ -131,25 +129,18 @@ def _kept_bytes(plan: Plan) -> int | None:
     return plan.kept_bytes + sum(tensors[name].nbytes for name in plan.dropped)
 
 
-def _units(plan: Plan, layout: list[FileLayout]) -> tuple[Unit, ...]:
+def _units(plan: Plan) -> tuple[Unit, ...]:
     """The units, in order."""
-    sizes = {tensor.name: tensor.nbytes for file in layout for tensor in file.tensors}
     stored, found = plan.request.checkpoint.tensors, plan.units
     free = {*found.copied, *found.in_place.values()}
-    sources: list[list[int]] = [[] for _ in range(found.count)]
-    outputs: list[list[str]] = [[] for _ in range(found.count)]
-    for name, unit in found.of_source.items():
-        sources[unit].append(stored[name].nbytes)
-    for name, unit in found.of_output.items():
-        outputs[unit].append(name)
     return tuple(
         Unit(
-            output=names[0] if names else "",
-            outputs=len(names),
-            sources=len(read),
-            bytes_read=sum(read),
-            bytes_written=sum(sizes[plan.name_of(name)] for name in names),
-            held_bytes=sum(sizes[plan.name_of(name)] for name in names if name not in free),
+            output=outputs[0] if outputs else "",
+            outputs=len(outputs),
+            sources=len(sources),
+            bytes_read=sum(stored[name].nbytes for name in sources),
+            bytes_written=sum(map(plan.nbytes, outputs)),
+            held_bytes=sum(plan.nbytes(name) for name in outputs if name not in free),
         )
-        for names, read in zip(outputs, sources, strict=True)
+        for sources, outputs in found.members()
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import tempfile
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
@@ -84,15 +83,33 @@ class _Spooled(NamedTuple):
     nbytes: int
 
 
-class SideWriter(MutableMapping[str, Entry]):
+class WriteOnly(MutableMapping[str, Entry]):
+    """The `entries` of a complement of which nothing is looked at again: the adapter finds nothing there."""
+
+    def __getitem__(self, name: str) -> Entry:
+        raise KeyError(name)
+
+    def __delitem__(self, name: str) -> None:
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def clear(self) -> None:
+        """There is nothing to forget."""
+
+
+class SideWriter(WriteOnly):
     """Takes what codecs keep, as the `entries` of an adapter's complement, to disk; nothing can be read from it.
 
-    Until `finish` all lies in nameless temporary files beside `destination`, the folder that the conversion makes, that
-    vanish with the process; or in files of `folder`, with which a later run can go on (`record`, `restore`). Entries
-    may come from several threads, in any order: the side file has its own.
+    Until `finish` all lies in files of `folder`, where the conversion to `destination` is made: with those a later run can
+    go on (`record`, `restore`). Entries may come from several threads, in any order: the side file has its own.
     """
 
-    def __init__(self, destination: Path, folder: Path | None = None) -> None:
+    def __init__(self, destination: Path, folder: Path) -> None:
         self._destination, self._folder = destination, folder
         self._spools: dict[int, IO[bytes]] = {}
         self._kept: dict[int, dict[str, _Spooled]] = {width: {} for width in _WIDTHS}
@@ -177,8 +194,6 @@ class SideWriter(MutableMapping[str, Entry]):
 
     def _spool(self, width: int) -> IO[bytes]:
         """A file for elements of a width, open at its end."""
-        if self._folder is None:
-            return tempfile.TemporaryFile(dir=self._destination.parent)
         spool = (self._folder / f".mapdsl.kept-{width}").open("a+b")
         spool.seek(0, os.SEEK_END)
         return spool
@@ -226,23 +241,6 @@ class SideWriter(MutableMapping[str, Entry]):
             raise self._unwritable(problem) from problem
         self._kept[width][name] = _Spooled(dtype_name(tensor.dtype), list(stored_shape(tensor)), begin, len(data))
         return zlib.crc32(data, check)
-
-    # What is written is not looked at again: the adapter finds nothing here.
-
-    def __getitem__(self, name: str) -> Entry:
-        raise KeyError(name)
-
-    def __delitem__(self, name: str) -> None:
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
-
-    def clear(self) -> None:
-        """There is nothing to forget."""
 
 
 class Forgetful(dict[str, Entry]):

@@ -31,6 +31,14 @@ class Units:
     copied: dict[str, str] = field(default_factory=dict)
     count: int = 0
 
+    def members(self) -> list[tuple[list[str], list[str]]]:
+        """The source tensors and the outputs of each unit."""
+        found: list[tuple[list[str], list[str]]] = [([], []) for _ in range(self.count)]
+        for place, numbers in enumerate((self.of_source, self.of_output)):
+            for name, unit in numbers.items():
+                found[unit][place].append(name)
+        return found
+
 
 class UnitFinder:
     """Told of what happens, in order, it finds the units."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mapdsl.checkpoint.checker import Checker, KeptChecker
 from mapdsl.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -20,15 +19,23 @@ from mapdsl.checkpoint.direction import choose_plan
 from mapdsl.checkpoint.elements import Difference
 from mapdsl.checkpoint.engine import convert_tensors
 from mapdsl.checkpoint.files import bad_file, parse_object, read_text
-from mapdsl.checkpoint.headers import LENGTH_BYTES, StoredTensor
-from mapdsl.checkpoint.layout import Entry, layout_of
+from mapdsl.checkpoint.headers import StoredTensor
+from mapdsl.checkpoint.layout import Entry
 from mapdsl.checkpoint.origins import Origins
-from mapdsl.checkpoint.passes import OptionError, Plan, Request, make_plan, outputs_of, run_plan
+from mapdsl.checkpoint.passes import (
+    OptionError,
+    Plan,
+    Request,
+    float_dtype,
+    header_texts,
+    make_plan,
+    outputs_of,
+    run_plan,
+)
 from mapdsl.checkpoint.sidecar import SIDE_FILE, Forgetful, SideFile
 from mapdsl.checkpoint.window import Window
 from mapdsl.language.diagnostics import MapError
 from mapdsl.map import Map, load
-from mapdsl.runtime.codecs.formats import DTYPE_BY_NAME, FLOAT_DTYPES, dtype_name
 from mapdsl.runtime.errors import ConversionError
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -121,7 +128,7 @@ def verify(
     request = Request(
         map if isinstance(map, Map) else load(map),
         _opened(source),
-        _dtype(dtype),
+        float_dtype(dtype),
         quantize,
         dict(params or {}),
         config if config is None or isinstance(config, Mapping) else Path(config),
@@ -138,14 +145,6 @@ def _opened(path: str | os.PathLike[str]) -> Checkpoint:
     if not checkpoint.tensors:
         raise bad_file(checkpoint.path, "the checkpoint holds no tensors")
     return checkpoint
-
-
-def _dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
-    found = DTYPE_BY_NAME.get(asked) if isinstance(asked, str) else asked
-    if asked is not None and found not in FLOAT_DTYPES:
-        words = ", ".join(dtype_name(dtype) for dtype in FLOAT_DTYPES)
-        raise OptionError(f"tensors are decoded to one of {words}, not {asked}")
-    return found
 
 
 def _verified(plan: Plan, held: Checkpoint, progress: bool) -> Verification:
@@ -262,12 +261,7 @@ def _decoded(plan: Plan, held: Checkpoint, progress: bool) -> Verification:
 def _coded(plan: Plan) -> int:
     """How many tensors a conversion decodes."""
     entries, state = KeptChecker(None), Window(plan.request.checkpoint, device="meta")
-
-    def read_back(name: str) -> Tensor:
-        dtype, shape = plan.forms[name]
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    run_plan(plan, state, lambda name, tensor: None, read_back, entries)
+    run_plan(plan, state, lambda name, tensor: None, plan.on_meta, entries)
     return entries.coded
 
 
@@ -283,9 +277,8 @@ def _checking(
 ) -> Iterator[Checker]:
     """Run a conversion into a checker; a bar runs beside."""
     checker = Checker(held, expected, is_reference=is_reference)
-    total = sum(tensor.nbytes for file in checker.layout for tensor in file.tensors)
     try:
-        with byte_bar(total, progress) as advance:
+        with byte_bar(checker.nbytes, progress) as advance:
             convert_tensors(plan, checker, entries, workers=torch.get_num_threads(), progress=advance)
             yield checker
     finally:
@@ -326,8 +319,7 @@ def _record_problems(plan: Plan, kept: KeptChecker) -> Iterator[str]:
     if kept.side is None:
         return
     origin, complement, source = kept.side.origin, plan.adapter.complement, plan.request.checkpoint
-    layout = layout_of(source) if source.kind == "safetensors" else []
-    headers = {file.name: file.header[LENGTH_BYTES:].decode("utf-8") for file in layout}
+    headers = header_texts(source)
     for name in [name for name in {**headers, **origin.headers} if headers.get(name) != origin.headers.get(name)]:
         yield f"it has another header for {name} than the source"
     if origin.index_name is not None:

@@ -26,14 +26,14 @@ class CompiledKernels:
         self, element: TableElement, codes: Tensor, factors: Tensor, values: Tensor, height: int, width: int
     ) -> None:
         """Write the values of a tile."""
-        kernel = _kernel(numba_kernels.decoder, form_of(element), element.per, 8 * values.element_size())
+        kernel = _kernel(numba_kernels.converter, True, form_of(element), element.per, 8 * values.element_size())
         _run(kernel, *_rows(codes), *_rows(values), factors.contiguous().numpy(), height, width)
 
     def encode(
         self, element: TableElement, values: Tensor, factors: Tensor, codes: Tensor, height: int, width: int
     ) -> None:
         """Write the codes of a tile."""
-        kernel = _kernel(numba_kernels.encoder, form_of(element), element.per, 8 * values.element_size())
+        kernel = _kernel(numba_kernels.converter, False, form_of(element), element.per, 8 * values.element_size())
         _run(kernel, *_rows(codes), *_rows(values), factors.contiguous().numpy(), height, width)
 
     def largest(self, values: Tensor, bands: int, groups: int, height: int, width: int) -> Tensor:

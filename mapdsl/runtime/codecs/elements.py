@@ -139,13 +139,12 @@ class MiniFloat(TableElement):
         second, first = sorted(value for value in values if math.isfinite(value))[-2:]
         # The smallest magnitude that rounds to more than the largest code; where infinity follows, a tie does.
         self.overflow = first + (first - second) / 2
-        self._rounding = _rounding_table(values)
         self._rounding_copies: dict[torch.device, Tensor] = {}
 
     def _codes(self, device: torch.device) -> Tensor:
         """On a device, the code of each odd-rounded float, uint8 `[65536]`."""
         if device not in self._rounding_copies:
-            self._rounding_copies[device] = self._rounding.to(device)
+            self._rounding_copies[device] = _rounding_table(self.magnitudes).to(device)
         return self._rounding_copies[device]
 
     def write(self, values: Tensor, factors: Tensor, stored: torch.dtype, scratch: Tensor | None = None) -> Tensor:

@@ -208,6 +208,14 @@ def _code(value: Any, scale: Any, form: Any) -> Any:
 
 
 @compiled
+def _convert_one(reading: Any, codes: Any, place: Any, scale: Any, values: Any, form: Any, per: Any) -> Any:
+    if reading:
+        _read_one(codes, place, scale, values, form, per)
+    else:
+        _write_one(codes, place, scale, values, form, per)
+
+
+@compiled
 def _spread(factors: Any, band: Any, width: Any, scales: Any) -> Any:
     """Each factor of a row of blocks `width` times."""
     for group in range(factors.shape[1]):
@@ -223,14 +231,14 @@ def _spread(factors: Any, band: Any, width: Any, scales: Any) -> Any:
 
 
 @functools.cache
-def decoder(form: Any, per: Any, bits: int) -> Any:
-    """The kernel that decodes blocks of `height` x `width` bytes of `per` codes each, low nibble first.
+def converter(reading: bool, form: Any, per: int, bits: int) -> Any:
+    """The kernel that decodes (`reading`) or encodes blocks of `height` x `width` bytes, `per` codes each, low first.
 
     `codes` are uint8, `values` those of bf16 (16 `bits`, uint16) or float32 (32, uint32), `factors` float32 `[bands,
     groups]`.
     """
 
-    def decode(
+    def convert(
         codes: Any, code_stride: Any, values: Any, value_stride: Any, factors: Any, height: Any, width: Any
     ) -> Any:
         bands, groups = factors.shape
@@ -247,45 +255,14 @@ def decoder(form: Any, per: Any, bits: int) -> Any:
                     for group in range(groups):
                         scale = factors[band, group]
                         for first in range(group * width, (group + 1) * width, _CHUNK):
-                            some, into = mine[first : first + _CHUNK], theirs[first * per : (first + _CHUNK) * per]
+                            some, their = mine[first : first + _CHUNK], theirs[first * per : (first + _CHUNK) * per]
                             for place in range(_CHUNK):
-                                _read_one(some, place, scale, into, form, per)
+                                _convert_one(reading, some, place, scale, their, form, per)
                 else:
                     for place in range(row_width):
-                        _read_one(mine, place, scales[place], theirs, form, per)
+                        _convert_one(reading, mine, place, scales[place], theirs, form, per)
 
-    return kept_on_disk(decode, form, per, bits)
-
-
-@functools.cache
-def encoder(form: Any, per: Any, bits: int) -> Any:
-    """The kernel that encodes them; arguments as those of `decoder`."""
-
-    def encode(
-        codes: Any, code_stride: Any, values: Any, value_stride: Any, factors: Any, height: Any, width: Any
-    ) -> Any:
-        bands, groups = factors.shape
-        row_width = groups * width
-        direct = width % _CHUNK == 0
-        scales = np.empty(row_width, np.float32)
-        for band in range(bands):
-            if not direct:
-                _spread(factors, band, width, scales)
-            for row in range(band * height, (band + 1) * height):
-                mine = codes[row * code_stride : row * code_stride + row_width]
-                theirs = values[row * value_stride : row * value_stride + row_width * per]
-                if direct:
-                    for group in range(groups):
-                        scale = factors[band, group]
-                        for first in range(group * width, (group + 1) * width, _CHUNK):
-                            into, some = mine[first : first + _CHUNK], theirs[first * per : (first + _CHUNK) * per]
-                            for place in range(_CHUNK):
-                                _write_one(into, place, scale, some, form, per)
-                else:
-                    for place in range(row_width):
-                        _write_one(mine, place, scales[place], theirs, form, per)
-
-    return kept_on_disk(encode, form, per, bits)
+    return kept_on_disk(convert, reading, form, per, bits)
 
 
 @functools.cache
