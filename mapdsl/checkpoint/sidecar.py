@@ -105,8 +105,8 @@ class WriteOnly(MutableMapping[str, Entry]):
 class SideWriter(WriteOnly):
     """Takes what codecs keep, as the `entries` of an adapter's complement, to disk; nothing can be read from it.
 
-    Until `finish` all lies in files of `folder`, where the conversion to `destination` is made: with those a later run can
-    go on (`record`, `restore`). Entries may come from several threads, in any order: the side file has its own.
+    Until `finish` all lies in files of `folder`, where the conversion to `destination` is made, and with which a later
+    run can go on (`record`, `restore`). Entries may come from several threads, in any order: the side file has its own.
     """
 
     def __init__(self, destination: Path, folder: Path) -> None:

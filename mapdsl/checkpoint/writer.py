@@ -36,9 +36,9 @@ class CheckpointWriter:
     shared out as `plan_layout` says, or from an explicit `layout`, whose headers are kept byte for byte. An index is
     added where there are several files, unless `write_index` is off or the caller wrote it.
 
-    All is written in a hidden folder beside `destination` (with a journal, in its own); `commit()` makes it durable and renames it.
-    `abort()`, leaving a `with` block without a commit, and any failure of the file system remove it; with a `journal`
-    of units that are done, a failure of the file system and an interrupt leave it for a later run.
+    All is written in a hidden folder beside `destination`; `commit()` makes it durable and renames it. `abort()`,
+    leaving a `with` block without a commit, and any failure of the file system remove it; with a `journal` of units
+    that are done, a failure of the file system and an interrupt leave it for a later run.
 
     Raises a MapError: C507 where the destination exists, its folder does not, the disk is too full, or a layout is bad;
     C506 for a tensor or a file given twice.
