@@ -40,15 +40,16 @@ class BlockKernel:
     def decode(self, codes: Tensor, values: Tensor) -> None:
         """Write the logical values, a tensor `[matrices, rows, columns * per]` of `dtype` that may be any view."""
         in_order = values.shape[-1] == 1 or values.stride(-1) == 1
+        is_direct = in_order or (self.kernels is not None and values.stride(-2) == 1)
 
         def work(tile: Tile) -> None:
             out = tile.flat(values, self.element.per)
             if in_order:
                 self._read(tile, codes, out)
-            else:
-                copy_strided(out, self._read(tile, codes))
+            elif not (is_direct and self._read_transposed(tile, codes, out.T)):
+                copy_strided(out, self._read(tile, codes), self.kernels)
 
-        each(work, self._tiles(in_order), values.device)
+        each(work, self._tiles(is_direct), values.device)
 
     def encode(self, values: Tensor, codes: Tensor, only: Tensor | None = None) -> None:
         """Write the codes nearest to the values under these scales, of the blocks that `only` (of the grid) picks."""
@@ -158,6 +159,14 @@ class BlockKernel:
         else:
             words.copy_(table.index_select(0, index.view(-1)).view(words.shape))
         return out
+
+    def _read_transposed(self, tile: Tile, codes: Tensor, out: Tensor) -> bool:
+        """Decode a tile to `out`, `[columns * per, rows]`, in one go; False where that is not possible."""
+        if self.kernels is None:
+            return False
+        assert isinstance(self.element, TableElement)
+        mine, factors = tile.flat(codes), self.factors.of(tile)
+        return self.kernels.decode_transposed(self.element, mine, factors, out, height=tile.height, width=tile.width)
 
     def _table_for(self, tile: Tile) -> tuple[Tensor, Tensor] | None:
         """The table of products for a tile's blocks, and where each block's 256 entries begin; none if it is dear."""

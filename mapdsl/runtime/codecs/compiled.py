@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mapdsl.runtime.codecs import numba_kernels
+from mapdsl.runtime.codecs import numba_kernels, numba_transpose
 from mapdsl.runtime.codecs.elements import Integer, MiniFloat, TableElement
 from mapdsl.runtime.codecs.numba_kernels import NONE, Form
 
@@ -29,6 +29,17 @@ class CompiledKernels:
         kernel = _kernel(numba_kernels.converter, True, form_of(element), element.per, 8 * values.element_size())
         _run(kernel, *_rows(codes), *_rows(values), factors.contiguous().numpy(), height, width)
 
+    def decode_transposed(
+        self, element: TableElement, codes: Tensor, factors: Tensor, out: Tensor, height: int, width: int
+    ) -> bool:
+        """Write the values of a tile to `out` `[columns, rows]`; False where it cannot."""
+        edge = numba_transpose.EDGE
+        if out.dtype != torch.bfloat16 or out.shape[0] % edge or out.shape[1] % edge or not _is_of_words(out):
+            return False
+        kernel = _kernel(numba_transpose.transposing_decoder, form_of(element), element.per)
+        _run(kernel, *_rows(codes), *_words(out), factors.contiguous().numpy(), height, width)
+        return True
+
     def encode(
         self, element: TableElement, values: Tensor, factors: Tensor, codes: Tensor, height: int, width: int
     ) -> None:
@@ -43,6 +54,18 @@ class CompiledKernels:
         _run(_kernel(numba_kernels.measurer, 8 * values.element_size()), flat, stride, height, width, found)
         bits = torch.from_numpy(found.astype(np.int32, copy=False))
         return (bits << 16 if values.dtype == torch.bfloat16 else bits).view(torch.float32)
+
+    def transpose(self, source: Tensor, out: Tensor) -> bool:
+        """Write `out` `[columns, rows]` from `source` `[rows, columns]`, of 16-bit values; False where it cannot."""
+        edge = numba_transpose.EDGE
+        rows, columns = (size - size % edge for size in source.shape)
+        if not (rows and columns and _is_of_words(source) and _is_of_words(out)):
+            return False
+        kernel = _kernel(numba_transpose.transposer)
+        _run(kernel, *_words(source[:rows, :columns]), *_words(out[:columns, :rows]), rows, columns)
+        out[columns:].copy_(source[:, columns:].T)
+        out[:columns, rows:].copy_(source[rows:, :columns].T)
+        return True
 
 
 _lock = threading.Lock()
@@ -130,3 +153,16 @@ def _rows(tensor: Tensor) -> tuple[np.ndarray, int]:
     stride = tensor.stride(0) if rows > 1 else columns
     flat = tensor.as_strided(((rows - 1) * stride + columns,), (1,))
     return flat.view(_UNSIGNED[tensor.element_size()]).numpy(), stride
+
+
+def _is_of_words(tensor: Tensor) -> bool:
+    """Whether the rows of a tensor of 16-bit values lie so that they can be read in words of four."""
+    stride, per = tensor.stride(0), numba_transpose.PER_WORD
+    return not (stride % per or tensor.storage_offset() % per or tensor.data_ptr() % 8)
+
+
+def _words(tensor: Tensor) -> tuple[np.ndarray, int]:
+    """Such a tensor as a flat array of uint64 and the distance of rows in words."""
+    rows, columns = tensor.shape
+    flat = tensor.as_strided(((rows - 1) * tensor.stride(0) + columns,), (1,))
+    return flat.view(torch.uint64).numpy(), tensor.stride(0) // numba_transpose.PER_WORD

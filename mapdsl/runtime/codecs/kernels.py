@@ -1,7 +1,8 @@
 """Where the loops of the block-scaled codecs run: in torch's operators, or compiled, with the same bytes.
 
-Compiled kernels are used where numba is installed, for large tensors in a CPU's memory, whose working type is bf16 or
-f32. MAPDSL_KERNELS says otherwise: `torch` never uses them, `compiled` wherever they exist, for small tensors too.
+Compiled kernels are used where numba is installed, for large tensors in a CPU's memory: for codecs whose working type
+is bf16 or f32, and to transpose 16-bit values. MAPDSL_KERNELS says otherwise: `torch` never uses them, `compiled`
+wherever they exist, for small tensors too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 import threading
 import warnings
 from collections import deque
@@ -49,6 +51,14 @@ class Kernels(Protocol):
     def largest(self, values: Tensor, bands: int, groups: int, height: int, width: int) -> Tensor:
         """The largest magnitude of each block, float32 `[bands, groups]`; NaNs are the largest."""
 
+    def decode_transposed(
+        self, element: TableElement, codes: Tensor, factors: Tensor, out: Tensor, height: int, width: int
+    ) -> bool:
+        """Write the values of a tile to `out` `[columns, rows]`, of whole rows; False where this kernel cannot."""
+
+    def transpose(self, source: Tensor, out: Tensor) -> bool:
+        """Write `out` `[columns, rows]` from `source` `[rows, columns]`, of 16-bit values; the same."""
+
 
 _kernels: list[Kernels | str] = []
 _lock = threading.Lock()
@@ -56,11 +66,20 @@ _lock = threading.Lock()
 
 def compiled_kernels(element: Element, dtype: torch.dtype, device: torch.device, values: int) -> Kernels | None:
     """The compiled kernels, if they are to be used for so many values of this dtype on this device."""
+    is_able = device.type == "cpu" and dtype in COMPILED_DTYPES and isinstance(element, TableElement)
+    return _chosen(is_able, values)
+
+
+def transposing_kernels(dtype: torch.dtype, device: torch.device, values: int) -> Kernels | None:
+    """The compiled kernels, if they are to transpose so many values of this dtype on this device."""
+    return _chosen(device.type == "cpu" and dtype.itemsize == 2 and sys.byteorder == "little", values)
+
+
+def _chosen(is_able: bool, values: int) -> Kernels | None:
     wish = os.environ.get("MAPDSL_KERNELS", "auto")
     if wish not in ("auto", "torch", "compiled"):
         raise ConversionError("C505", f"MAPDSL_KERNELS is {wish!r}, not auto, torch or compiled")
-    able = device.type == "cpu" and dtype in COMPILED_DTYPES and isinstance(element, TableElement)
-    if wish == "torch" or not able or (wish == "auto" and values < WORTHWHILE):
+    if wish == "torch" or not is_able or (wish == "auto" and values < WORTHWHILE):
         return None
     with _lock:
         if not _kernels:

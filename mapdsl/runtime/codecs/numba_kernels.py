@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from numba import njit, types
 from numba.extending import overload
 
 NONE = np.uint32(0xFFFFFFFF)
-_CHUNK, _HALF = 16, 8  # codes in one vector: loops of just so many steps become a few instructions
+CHUNK, _HALF = 16, 8  # codes in one vector: loops of just so many steps become a few instructions
 
 
 _u8, _u16, _u32 = np.uint8, np.uint16, np.uint32
@@ -69,15 +70,25 @@ def kept_on_disk(kernel: Any, *made_for: Any) -> Any:
     """A kernel of one signature, compiled; its machine code is kept between processes, in a file of its own.
 
     numba numbers the files of all kernels of one name, and where two processes compile at once, both may give a number
-    to different kernels: the wrong one would be found there for good. So each has a name of its own.
+    to different kernels: the wrong one would be found there for good. So each has a name of its own. numba looks whether
+    the kernel's file has changed, and not whether this one has, whose functions are compiled into it.
     """
-    what = repr((made_for, binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()))
+    what = repr((made_for, _source(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()))
     kernel.__qualname__ = f"{kernel.__name__}.{hashlib.sha256(what.encode()).hexdigest()[:16]}"
     try:
         return njit(nogil=True, error_model="numpy", cache=True)(kernel)
     except RuntimeError:
         # There is no folder to keep it in that may be written to.
         return compiled(kernel)
+
+
+@functools.cache
+def _source() -> str:
+    """A digest of this file, where it is one."""
+    try:
+        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 # --- one element ---
@@ -216,7 +227,7 @@ def _convert_one(reading: Any, codes: Any, place: Any, scale: Any, values: Any, 
 
 
 @compiled
-def _spread(factors: Any, band: Any, width: Any, scales: Any) -> Any:
+def spread(factors: Any, band: Any, width: Any, scales: Any) -> Any:
     """Each factor of a row of blocks `width` times."""
     for group in range(factors.shape[1]):
         scale = factors[band, group]
@@ -228,6 +239,24 @@ def _spread(factors: Any, band: Any, width: Any, scales: Any) -> Any:
                 some[place] = scale
         for place in range(group * width + whole * _HALF, (group + 1) * width):
             scales[place] = scale
+
+
+@njit(nogil=True, error_model="numpy", inline="always")
+def convert_row(
+    reading: Any, codes: Any, values: Any, factors: Any, band: Any, width: Any, scales: Any, form: Any, per: Any
+) -> Any:
+    """Decode or encode one row of a band of blocks; `scales` holds its factors spread where `width` is no chunks."""
+    groups = factors.shape[1]
+    if width % CHUNK == 0:
+        for group in range(groups):
+            scale = factors[band, group]
+            for first in range(group * width, (group + 1) * width, CHUNK):
+                some, their = codes[first : first + CHUNK], values[first * per : (first + CHUNK) * per]
+                for place in range(CHUNK):
+                    _convert_one(reading, some, place, scale, their, form, per)
+    else:
+        for place in range(groups * width):
+            _convert_one(reading, codes, place, scales[place], values, form, per)
 
 
 @functools.cache
@@ -243,24 +272,14 @@ def converter(reading: bool, form: Any, per: int, bits: int) -> Any:
     ) -> Any:
         bands, groups = factors.shape
         row_width = groups * width
-        direct = width % _CHUNK == 0
         scales = np.empty(row_width, np.float32)
         for band in range(bands):
-            if not direct:
-                _spread(factors, band, width, scales)
+            if width % CHUNK != 0:
+                spread(factors, band, width, scales)
             for row in range(band * height, (band + 1) * height):
                 mine = codes[row * code_stride : row * code_stride + row_width]
                 theirs = values[row * value_stride : row * value_stride + row_width * per]
-                if direct:
-                    for group in range(groups):
-                        scale = factors[band, group]
-                        for first in range(group * width, (group + 1) * width, _CHUNK):
-                            some, their = mine[first : first + _CHUNK], theirs[first * per : (first + _CHUNK) * per]
-                            for place in range(_CHUNK):
-                                _convert_one(reading, some, place, scale, their, form, per)
-                else:
-                    for place in range(row_width):
-                        _convert_one(reading, mine, place, scales[place], theirs, form, per)
+                convert_row(reading, mine, theirs, factors, band, width, scales, form, per)
 
     return kept_on_disk(convert, reading, form, per, bits)
 

@@ -4,42 +4,64 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mapdsl.runtime.codecs.kernels import each
+from mapdsl.runtime.codecs.kernels import Kernels, each, transposing_kernels
 from mapdsl.runtime.codecs.scratch import scratch
 
 _SMALL = 1 << 10  # elements that a first-level cache holds in any order
 _STRIP = 1 << 20  # elements turned at a time: the scratch of a copy
 
 
-def copy_strided(out: Tensor, source: Tensor) -> None:
+def copy_strided(out: Tensor, source: Tensor, kernels: Kernels | None = None) -> None:
     """Copy a tensor to a view of its shape, strip by strip where their fastest dimensions differ.
 
     Into such a view torch copies element by element over the whole tensor, twenty times slower than memory; a whole
-    matrix it transposes in blocks, and that is copied on. Gradients do not flow through a copy.
+    matrix it transposes in blocks, and that is copied on, or a compiled kernel transposes it in one go: `kernels`, or
+    those that are to be used for so many elements. Gradients do not flow through a copy.
     """
     source = source.detach()
-    into, outof = _fastest(out), _fastest(source)
-    small = into == outof or out.shape[into] * out.shape[outof] < _SMALL
-    if small or out.device.type != "cpu" or (out.device, out.dtype) != (source.device, source.dtype):
+    if (
+        _is_in_order(out, source)
+        or out.device.type != "cpu"
+        or out.device != source.device
+        or out.dtype != source.dtype
+    ):
         out.copy_(source)
         return
+    found = transposing_kernels(out.dtype, out.device, out.numel())
+    _copy(out, source, (kernels or found) if out.element_size() == 2 else None)
+
+
+def _copy(out: Tensor, source: Tensor, kernels: Kernels | None) -> None:
+    if _is_in_order(out, source):
+        out.copy_(source)
+        return
+    into, outof = _fastest(out), _fastest(source)
     if out.ndim > 2:
         other = next(dim for dim in range(out.ndim) if dim not in (into, outof))
         for mine, theirs in zip(out.unbind(other), source.unbind(other), strict=True):
-            copy_strided(mine, theirs)
+            _copy(mine, theirs, kernels)
         return
     # Rows run along the source's fast dimension, columns along the output's.
     target, origin = (out.T, source.T) if into == 0 else (out, source)
     rows, columns = target.shape
+    are_whole = target.stride(1) == 1 and origin.stride(0) == 1
     step = max(1, _STRIP // rows)
 
     def work(column: int) -> None:
-        strip = origin[:, column : column + step]
+        strip, place = origin[:, column : column + step], target[:, column : column + step]
+        if kernels is not None and are_whole and kernels.transpose(strip.T, place):
+            return
         turned = scratch("turned", tuple(strip.shape), out.dtype, out.device)
         turned.copy_(strip.T.contiguous().T)
-        target[:, column : column + step].copy_(turned)
+        place.copy_(turned)
 
     each(work, range(0, columns, step), out.device)
+
+
+def _is_in_order(out: Tensor, source: Tensor) -> bool:
+    """Whether torch copies as fast as it can: along one dimension that is fast in both, or within a cache."""
+    into, outof = _fastest(out), _fastest(source)
+    return into == outof or out.shape[into] * out.shape[outof] < _SMALL
 
 
 def _fastest(tensor: Tensor) -> int:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 STRIP_ELEMENTS = 1 << 18  # small enough for a core's caches, large enough that starting torch's kernels costs little
+_LINE = 32  # rows of a strip are a multiple of it: transposed, they are whole cache lines
 
 
 class Tile(NamedTuple):
@@ -90,6 +91,7 @@ class BlockGrid:
     def _rows_of_blocks(self, strip: int) -> Iterator[tuple[int, int, int, int]]:
         """Row, bands, height and grid row of each strip: several rows of blocks, or a slice of one where it is tall."""
         most = max(1, strip // max(1, self.columns))
+        most -= most % _LINE if most > _LINE else 0
         for first, bands, height, grid_row in _runs(self.rows, self.height, self.down):
             if height > most:
                 for band in range(bands):
