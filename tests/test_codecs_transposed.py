@@ -14,7 +14,7 @@ from torch import Tensor
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.block_scaled import BlockScaled
 from mapdsl.runtime.codecs.formats import as_bits
-from mapdsl.runtime.codecs.strided import copy_strided
+from mapdsl.runtime.codecs.strided import contiguous, contiguous_copy, copy_strided
 from mapdsl.testing.bits import random_bits
 
 KEY = "w"
@@ -114,3 +114,20 @@ def test_what_is_decoded_in_one_go(monkeypatch: pytest.MonkeyPatch, place: int, 
     inner, _ = frame(64, 96, torch.bfloat16, place)
     codec.decode(KEY, codec.encode(KEY, torch.randn(64, 96).bfloat16()).parts, out=inner.T)
     assert calls == [is_direct]
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_contiguous_copies(monkeypatch: pytest.MonkeyPatch, wish: str) -> None:
+    monkeypatch.setenv("MAPDSL_KERNELS", wish)
+    joined = random_bits(torch.Generator().manual_seed(4), (96, 128), torch.bfloat16)
+    half = joined[:, 64:].T
+    copied = contiguous_copy(half)
+    assert copied.is_contiguous() and torch.equal(as_bits(copied), as_bits(half))
+    assert contiguous(joined) is joined and contiguous_copy(joined).data_ptr() != joined.data_ptr()
+    assert contiguous(half).is_contiguous() and contiguous(half.to("meta")).is_contiguous()
+
+
+def test_gradients_flow_through_a_contiguous_copy() -> None:
+    source = torch.ones(64, 96, requires_grad=True)
+    contiguous_copy(source.T).sum().backward()
+    assert source.grad is not None and bool((source.grad == 1).all())

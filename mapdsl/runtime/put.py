@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec
+from mapdsl.runtime.codecs.strided import contiguous, contiguous_copy
 from mapdsl.runtime.complement import RAW, Alternatives, Complement, Entries, Raw
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.stored_forms import AS_IS
@@ -71,14 +72,14 @@ class Put:
         if encoded.edited:
             self.edited[name] = encoded.edited
         for part, value in encoded.parts.items():
-            self._out(part, value.contiguous())  # a cast of a transposed view is transposed in memory too
+            self._out(part, contiguous(value))  # a cast of a transposed view is transposed in memory too
 
     def part(self, name: str, view: Tensor, stored: Alternatives = AS_IS) -> None:
         """Put a piece of a larger tensor: it gets memory of its own."""
         if isinstance(view, Undecoded):
             view = view.contiguous_clone()
         elif self.alternative(name, stored) is RAW:
-            view = view.clone(memory_format=torch.contiguous_format)
+            view = contiguous_copy(view)
         self(name, view, stored)
 
     def carried(

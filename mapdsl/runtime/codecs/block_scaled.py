@@ -22,6 +22,7 @@ from mapdsl.runtime.codecs.scales import (
     written_scale,
 )
 from mapdsl.runtime.codecs.storage import SCALES, BlockStorage
+from mapdsl.runtime.codecs.strided import contiguous
 from mapdsl.runtime.codecs.tiles import BlockGrid, Tile
 from mapdsl.runtime.errors import ConversionError
 
@@ -170,7 +171,7 @@ class BlockScaled(Codec):
 
     def encode(self, key: str, tensor: Tensor, kept: Kept | None = None, *, out: Tensor | None = None) -> Encoded:
         """New blocks get amax / largest element as scale (see `written_scale`); e8m0: the next power of two."""
-        tensor = tensor.detach().contiguous()
+        tensor = contiguous(tensor.detach())
         self.check_working(key, tensor.dtype)
         shape = tuple(tensor.shape)
         self.check_fit(key, shape)

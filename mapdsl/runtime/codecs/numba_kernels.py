@@ -70,8 +70,8 @@ def kept_on_disk(kernel: Any, *made_for: Any) -> Any:
     """A kernel of one signature, compiled; its machine code is kept between processes, in a file of its own.
 
     numba numbers the files of all kernels of one name, and where two processes compile at once, both may give a number
-    to different kernels: the wrong one would be found there for good. So each has a name of its own. numba looks whether
-    the kernel's file has changed, and not whether this one has, whose functions are compiled into it.
+    to different kernels: the wrong one would be found there for good. So each has a name of its own. And numba looks
+    whether the kernel's own file has changed, not whether this one has, whose functions are compiled into it.
     """
     what = repr((made_for, _source(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()))
     kernel.__qualname__ = f"{kernel.__name__}.{hashlib.sha256(what.encode()).hexdigest()[:16]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.kernels import Kernels, each, transposing_kernels
@@ -29,6 +30,20 @@ def copy_strided(out: Tensor, source: Tensor, kernels: Kernels | None = None) ->
         return
     found = transposing_kernels(out.dtype, out.device, out.numel())
     _copy(out, source, (kernels or found) if out.element_size() == 2 else None)
+
+
+def contiguous_copy(source: Tensor) -> Tensor:
+    """A copy in memory of its own, its last dimension the fastest; gradients flow to the source, if it wants any."""
+    if source.device.type != "cpu" or (source.requires_grad and torch.is_grad_enabled()):
+        return source.clone(memory_format=torch.contiguous_format)
+    out = torch.empty(source.shape, dtype=source.dtype)
+    copy_strided(out, source)
+    return out
+
+
+def contiguous(source: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is the fastest and nothing lies between, else such a copy."""
+    return source if source.is_contiguous() else contiguous_copy(source)
 
 
 def _copy(out: Tensor, source: Tensor, kernels: Kernels | None) -> None:

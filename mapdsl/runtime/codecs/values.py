@@ -14,7 +14,7 @@ from mapdsl.runtime.codecs.elements import MiniFloat, element_named
 from mapdsl.runtime.codecs.formats import DTYPE_BY_SPELLING, FLOAT_DTYPES, as_bits, dtype_name, exact_cast
 from mapdsl.runtime.codecs.kept import Kept, as_many_as_all, choose_kept
 from mapdsl.runtime.codecs.storage import DTYPES, Storage
-from mapdsl.runtime.codecs.strided import copy_strided
+from mapdsl.runtime.codecs.strided import contiguous, copy_strided
 from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS
 from mapdsl.runtime.errors import ConversionError
 
@@ -122,7 +122,7 @@ class Reversible(OneToOne):
 
     def encode(self, key: str, tensor: Tensor, kept: Kept | None = None, *, out: Tensor | None = None) -> Encoded:
         """The inverse, in the dtype that was read, else in the tensor's; D403 where the change cannot give a value."""
-        tensor = tensor.detach().contiguous()
+        tensor = contiguous(tensor.detach())
         self.check_working(key, tensor.dtype)
         if kept is not None:
             self.check_kept(key, tensor, kept, tuple(tensor.shape))
