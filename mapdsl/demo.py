@@ -51,19 +51,27 @@ def small_config(**changes: Any) -> dict[str, Any]:
     return {**config, **changes}
 
 
-def random_state(config: dict[str, Any], experts: str = "fp4", seed: int = 0) -> dict[str, Tensor]:
+def random_state(
+    config: dict[str, Any], experts: str = "fp4", seed: int = 0, *, is_odd: bool = True
+) -> dict[str, Tensor]:
     """Every tensor of a release with this config: experts in FP4 or FP8 and the other matrices in FP8, or all raw."""
-    return dict(_Release(config, experts, seed).tensors())
+    return dict(_Release(config, experts, seed, is_odd).tensors())
 
 
 def write_release(
-    folder: Path, config: dict[str, Any], experts: str = "fp4", *, max_shard_bytes: int = 2_000_000, seed: int = 0
+    folder: Path,
+    config: dict[str, Any],
+    experts: str = "fp4",
+    *,
+    max_shard_bytes: int = 2_000_000,
+    seed: int = 0,
+    is_odd: bool = True,
 ) -> int:
     """Write such a checkpoint into a new folder: shards and their index, config.json, tokenizer.json.
 
-    Gives the number of tensors.
+    Gives the number of tensors. Without `is_odd`, no scales are extreme and no codes are NaN, as in what is released.
     """
-    state = random_state(config, experts, seed)
+    state = random_state(config, experts, seed, is_odd=is_odd)
     entries = [(name, dtype_name(tensor.dtype), stored_shape(tensor)) for name, tensor in state.items()]
     with CheckpointWriter(folder, entries, max_shard_bytes=max_shard_bytes) as writer:
         for name, tensor in state.items():
@@ -77,9 +85,10 @@ def write_release(
 class _Release:
     """The tensors of a release, one after another, in the order of its layers."""
 
-    def __init__(self, config: dict[str, Any], experts: str, seed: int) -> None:
+    def __init__(self, config: dict[str, Any], experts: str, seed: int, is_odd: bool) -> None:
         self.config = config
         self.experts = experts
+        self.is_odd = is_odd
         self.random = torch.Generator().manual_seed(seed)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -178,10 +187,15 @@ class _Release:
         return torch.randn(*shape, generator=self.random).to(dtype)
 
     def codes(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randint(256, shape, dtype=torch.uint8, generator=self.random).view(dtype)
+        codes = torch.randint(256, shape, dtype=torch.uint8, generator=self.random)
+        if not self.is_odd and dtype == _FP8:
+            codes.copy_(torch.where(codes & 0x7F == 0x7F, codes ^ 1, codes))
+        return codes.view(dtype)
 
     def scales(self, *shape: int) -> Tensor:
         exponents = torch.randint(115, 128, shape, dtype=torch.uint8, generator=self.random)
+        if not self.is_odd:
+            return exponents.view(_SCALE)
         odd = torch.tensor(_ODD_SCALES, dtype=torch.uint8)[torch.randint(6, shape, generator=self.random)]
         rare = torch.rand(shape, generator=self.random) < 0.01
         return torch.where(rare, odd, exponents).view(_SCALE)

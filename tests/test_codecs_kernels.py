@@ -190,12 +190,26 @@ def test_small_tensors_and_other_dtypes_are_torch_s(monkeypatch: pytest.MonkeyPa
     element = BlockScaled("c", "f8e4m3", (128, 128)).element
     cpu = torch.device("cpu")
     monkeypatch.setenv("MAPDSL_KERNELS", "auto")
+    monkeypatch.setattr(kernels, "_kernels", [])
+    monkeypatch.setattr(kernels, "_done_without", [0])
     assert kernels.compiled_kernels(element, torch.bfloat16, cpu, kernels.WORTHWHILE - 1) is None
     assert kernels.compiled_kernels(element, torch.bfloat16, cpu, kernels.WORTHWHILE) is not None
+    assert kernels.compiled_kernels(element, torch.bfloat16, cpu, kernels.FEW) is not None  # they are loaded
+    assert kernels.compiled_kernels(element, torch.bfloat16, cpu, kernels.FEW - 1) is None
     assert kernels.compiled_kernels(element, torch.float16, cpu, kernels.WORTHWHILE) is None
     assert kernels.compiled_kernels(element, torch.bfloat16, torch.device("meta"), kernels.WORTHWHILE) is None
     monkeypatch.setenv("MAPDSL_KERNELS", "torch")
     assert kernels.compiled_kernels(element, torch.bfloat16, cpu, kernels.WORTHWHILE) is None
+
+
+def test_many_small_tensors_are_worth_loading_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    element, cpu = BlockScaled("c", "f8e4m3", (128, 128)).element, torch.device("cpu")
+    monkeypatch.setenv("MAPDSL_KERNELS", "auto")
+    monkeypatch.setattr(kernels, "_kernels", [])
+    monkeypatch.setattr(kernels, "_done_without", [0])
+    count, small = kernels.MANY // kernels.WORTHWHILE, kernels.WORTHWHILE // 2
+    found = [kernels.compiled_kernels(element, torch.bfloat16, cpu, small) is not None for _ in range(2 * count)]
+    assert found == [False] * (2 * count - 1) + [True]
 
 
 def test_a_wish_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """Where the loops of the block-scaled codecs run: in torch's operators, or compiled, with the same bytes.
 
-Compiled kernels are used where numba is installed, for large tensors in a CPU's memory: for codecs whose working type
-is bf16 or f32, and to transpose 16-bit values. MAPDSL_KERNELS says otherwise: `torch` never uses them, `compiled`
-wherever they exist, for small tensors too.
+Compiled kernels are used where numba is installed, for large or many tensors in a CPU's memory: for codecs whose
+working type is bf16 or f32, and to transpose 16-bit values. MAPDSL_KERNELS says otherwise: `torch` never uses them,
+`compiled` wherever they exist, for small tensors too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from torch import Tensor
 from mapdsl.runtime.codecs.elements import Element, TableElement
 from mapdsl.runtime.errors import ConversionError
 
-WORTHWHILE = 1 << 20  # elements: torch does fewer in a millisecond, in which a compiled kernel would not even load
+# Loading takes half a second. It is worth it for a tensor of so many elements, of which there are more as a rule, or
+# when torch has had so many in smaller ones; then for all but the smallest.
+WORTHWHILE = 1 << 20
+MANY = 1 << 26
+FEW = 1 << 14
 
 ITEMS_A_THREAD = 8  # at least: to wake a thread takes as long as several tiles
 COMPILED_DTYPES = (torch.bfloat16, torch.float32)  # of values
@@ -61,6 +65,7 @@ class Kernels(Protocol):
 
 
 _kernels: list[Kernels | str] = []
+_done_without = [0]  # elements; threads may count over each other
 _lock = threading.Lock()
 
 
@@ -79,7 +84,7 @@ def _chosen(is_able: bool, values: int) -> Kernels | None:
     wish = os.environ.get("MAPDSL_KERNELS", "auto")
     if wish not in ("auto", "torch", "compiled"):
         raise ConversionError("C505", f"MAPDSL_KERNELS is {wish!r}, not auto, torch or compiled")
-    if wish == "torch" or not is_able or (wish == "auto" and values < WORTHWHILE):
+    if wish == "torch" or not is_able or (wish == "auto" and not _is_worthwhile(values)):
         return None
     with _lock:
         if not _kernels:
@@ -90,6 +95,14 @@ def _chosen(is_able: bool, values: int) -> Kernels | None:
     if wish == "compiled":
         raise ConversionError("C505", f"MAPDSL_KERNELS is compiled, and {found}")
     return None
+
+
+def _is_worthwhile(values: int) -> bool:
+    """Whether the compiled kernels pay for so many values, loading among it."""
+    if _kernels:
+        return values >= FEW
+    _done_without[0] += values
+    return values >= WORTHWHILE or _done_without[0] >= MANY
 
 
 def _load() -> Kernels | str:
