@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pytest
 import torch
 from conversions import MAP, write_state, write_tiny
 from torch import Tensor
@@ -20,6 +21,20 @@ from mapdsl.checkpoint.sidecar import SIDE_FILE
 from mapdsl.checkpoint.tensors import LazyState
 
 State = dict[str, Tensor]
+EXPERTS = "model.layers.1.mlp.experts.down_projs"
+"""A stack of the model's side that is made of quantised tensors."""
+
+
+@pytest.fixture(scope="module", params=["fp4", "fp8", "raw"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `converted` makes, of experts in each format."""
+    return converted(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def work(made: Path, tmp_path: Path) -> Path:
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(made, tmp_path / "work"))
 
 
 def flip(folder: Path, name: str, place: int, bits: int = 1) -> tuple[int, ...]:

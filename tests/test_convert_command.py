@@ -13,9 +13,9 @@ import torch
 from conversions import MAP, NAME, assert_same_files, renames, write_state, write_tiny
 
 import mapdsl
+from mapdsl.checkpoint.progress import human
 from mapdsl.checkpoint.sidecar import SIDE_FILE
 from mapdsl.cli import demo
-from mapdsl.cli.convert import human
 from mapdsl.cli.main import main
 from mapdsl.language.diagnostics import error
 
@@ -106,7 +106,8 @@ def test_the_map_must_be_named(tmp_path, capsys):
     assert "--map" in capsys.readouterr().err
 
 
-def test_a_bar_is_drawn_where_it_is_asked_for(tmp_path, capsys):
+def test_a_bar_is_drawn_on_a_terminal_where_it_is_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     file, source = renames(tmp_path)
     mapdsl.convert(source, tmp_path / "quiet", file)
     assert capsys.readouterr().err == ""

@@ -207,8 +207,10 @@ def test_an_interrupt_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(Journal, "add", stopping(3, KeyboardInterrupt()))
-    assert main(["convert", str(folders[0]), str(tmp_path / "out"), "--map", "deepseek_v4"]) == 130
-    assert "--resume goes on" in capsys.readouterr().err
+    words = ["convert", str(folders[0]), str(tmp_path / "out"), "--map", "deepseek_v4"]
+    assert main(words) == 130
+    command = f"mapdsl {' '.join(words)} --resume"
+    assert capsys.readouterr().err == f"interrupted: what is done is kept. Resume with:\n  {command}\n"
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "nonsense", json.dumps({"format": "another", "identity": {}})])

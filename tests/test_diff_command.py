@@ -325,7 +325,8 @@ def test_names_that_are_no_text(tmp_path, capsys):
     assert err == ""
 
 
-def test_a_bar_is_drawn_where_it_is_asked_for(pair, capsys):
+def test_a_bar_is_drawn_on_a_terminal_where_it_is_asked_for(pair, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     mapdsl.compare(*pair)
     assert capsys.readouterr().err == ""
     mapdsl.compare(*pair, progress=True)

@@ -80,9 +80,9 @@ def test_absurd_sizes_end_soon() -> None:
 
 def test_endless_loops_over_absent_tensors_end(monkeypatch: pytest.MonkeyPatch) -> None:
     import mapdsl.runtime.name_list as name_list
-    import mapdsl.runtime.take as take
+    import mapdsl.runtime.group as group
 
-    monkeypatch.setattr(take, "MAX_ABSENT", 1000)
+    monkeypatch.setattr(group, "MAX_ABSENT", 1000)
     monkeypatch.setattr(name_list, "MAX_NAMES", 1000)
     adapter = map_of("param L\nparam E\nindex i < L\nindex e < E\nx.{i}.{e} <-> y.{e}.{i}\n").adapter(
         {"L": 10**5, "E": 10**5}

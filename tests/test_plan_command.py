@@ -77,3 +77,75 @@ def test_what_speaks_against_the_conversion_is_an_error(
     assert "R606" in capsys.readouterr().err
     assert main(["plan", str(released), "--map", "deepseek_v4", "--workers", "0"]) == 2
     assert main(["plan", str(released), "--map", "deepseek_v4", "--to", "nowhere"]) == 2
+
+
+@pytest.mark.parametrize("words", [["--quantize"], ["--to", "hf", "--dtype", "f32"], ["--format", "pt"]], ids=" ".join)
+def test_it_refuses_the_options_that_convert_refuses(
+    words: list[str], released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(released)
+    if "--dtype" in words:
+        mapdsl.convert(released, tmp_path / "model", "deepseek_v4")
+        source = str(tmp_path / "model")
+    told = []
+    for command in ("plan", "convert"):
+        assert main([command, source, str(tmp_path / "out"), "--map", "deepseek_v4", *words]) == 2
+        told.append(capsys.readouterr().err.splitlines()[-1].removeprefix(f"mapdsl {command}: "))
+    assert told[0] == told[1]
+    assert words[-2 if "--dtype" in words else 0] in told[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["there", "in the source", "nowhere/out"])
+def test_it_refuses_the_destinations_that_convert_refuses(
+    place: str, released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").mkdir()
+    destination = released / "out" if place == "in the source" else tmp_path / place
+    told = []
+    for command in ("plan", "convert"):
+        assert main([command, str(released), str(destination), "--map", "deepseek_v4"]) == 1
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[1]
+    assert told[0].startswith(f"{destination}: error[C507]: ")
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--no-complement"], ["--format", "dcp"], ["--max-shard-size", "2MB"]], ids=str
+)
+@pytest.mark.parametrize("missing", [0, 1])
+def test_convert_begins_where_plan_says_that_there_is_room(
+    options: list[str],
+    missing: int,
+    released: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    needed = planned(capsys, str(released), *options)["needed_bytes"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - missing))
+    told = []
+    for command in ("plan", "convert"):
+        status = main([command, str(released), str(tmp_path / "out"), "--map", "deepseek_v4", *options])
+        assert status == missing
+        told.append(capsys.readouterr().err.splitlines()[:1])
+    assert told[0] == told[1]
+    assert bool(told[0]) == missing
+
+
+def test_packing_needs_one_shard_more(released: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, packed = (
+        planned(capsys, str(released), "--max-shard-size", "2MB", "--no-complement", "--format", name)
+        for name in ("safetensors", "dcp")
+    )
+    assert plain["needed_bytes"] == plain["bytes_written"] == packed["bytes_written"]
+    overhead = 4096 * plain["tensors_written"]
+    assert 1_500_000 < packed["needed_bytes"] - plain["needed_bytes"] - overhead < 2_100_000
+
+
+def test_it_counts_the_workers_that_convert_has(
+    released: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert planned(capsys, str(released), "--workers", "3")["workers"] == 1  # it is small
+    monkeypatch.setattr("mapdsl.checkpoint.engine.SMALL_BYTES", 0)
+    assert planned(capsys, str(released), "--workers", "3")["workers"] == 3

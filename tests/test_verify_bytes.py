@@ -11,7 +11,6 @@ import pytest
 import torch
 from conversions import MAP, tiny_config, write_state, write_tiny
 from spoiling import (
-    converted,
     element,
     flip,
     flip_everywhere,
@@ -21,23 +20,13 @@ from spoiling import (
     value_at,
     verified,
 )
+from spoiling import made as made  # a fixture
+from spoiling import work as work
 
 import mapdsl
 from mapdsl.checkpoint.checkpoint import open_checkpoint
 from mapdsl.demo import random_state
 from mapdsl.testing.suite import Suite
-
-
-@pytest.fixture(scope="module", params=["fp4", "fp8", "raw"])
-def made(request, tmp_path_factory) -> Path:
-    return converted(tmp_path_factory.mktemp(request.param), request.param)
-
-
-@pytest.fixture
-def work(made, tmp_path) -> Path:
-    """A copy to spoil."""
-    return Path(shutil.copytree(made, tmp_path / "work"))
-
 
 # --- what holds -------------------------------------------------------------------------------------------------------
 

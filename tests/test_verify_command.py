@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
+import sys
 from random import Random
 from typing import Any
 
@@ -12,33 +11,21 @@ import pytest
 import torch
 from conversions import NAME, only, renames
 from spoiling import (
-    converted,
+    EXPERTS,
     flip,
     flip_everywhere,
     renamed,
     rewritten,
     verified,
 )
+from spoiling import made as made  # a fixture
+from spoiling import work as work
 
 import mapdsl
 from mapdsl.checkpoint.checkpoint import open_checkpoint
 from mapdsl.checkpoint.passes import OptionError
 from mapdsl.cli.main import main
 from mapdsl.language.diagnostics import MapError
-
-EXPERTS = "model.layers.1.mlp.experts.down_projs"
-
-
-@pytest.fixture(scope="module", params=["fp4", "fp8", "raw"])
-def made(request, tmp_path_factory) -> Path:
-    return converted(tmp_path_factory.mktemp(request.param), request.param)
-
-
-@pytest.fixture
-def work(made, tmp_path) -> Path:
-    """A copy to spoil."""
-    return Path(shutil.copytree(made, tmp_path / "work"))
-
 
 # --- names, dtypes, shapes --------------------------------------------------------------------------------------------
 
@@ -213,7 +200,8 @@ def test_a_source_that_does_not_fit_the_map(tmp_path):
     assert only(caught.value).code == "R605"
 
 
-def test_a_bar_is_drawn_where_it_is_asked_for(made, capsys):
+def test_a_bar_is_drawn_on_a_terminal_where_it_is_asked_for(made, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     verified(made / "source", made / "there")
     assert capsys.readouterr().err == ""
     verified(made / "source", made / "there", progress=True)

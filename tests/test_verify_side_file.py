@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -11,8 +10,8 @@ import pytest
 import torch
 from conversions import MAP, NAME, renames, tiny_config, write_state, write_tiny
 from spoiling import (
+    EXPERTS,
     State,
-    converted,
     flip,
     flip_everywhere,
     places,
@@ -20,26 +19,14 @@ from spoiling import (
     state_of,
     verified,
 )
+from spoiling import made as made  # a fixture
+from spoiling import work as work
 
 import mapdsl
 from mapdsl.checkpoint.checkpoint import open_checkpoint
 from mapdsl.checkpoint.sidecar import SIDE_FILE
 from mapdsl.cli.main import main
 from mapdsl.demo import random_state
-
-EXPERTS = "model.layers.1.mlp.experts.down_projs"
-
-
-@pytest.fixture(scope="module", params=["fp4", "fp8", "raw"])
-def made(request, tmp_path_factory) -> Path:
-    return converted(tmp_path_factory.mktemp(request.param), request.param)
-
-
-@pytest.fixture
-def work(made, tmp_path) -> Path:
-    """A copy to spoil."""
-    return Path(shutil.copytree(made, tmp_path / "work"))
-
 
 # --- the side file ----------------------------------------------------------------------------------------------------
 

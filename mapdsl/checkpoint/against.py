@@ -12,25 +12,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mapdsl.checkpoint.answers import has_answers
 from mapdsl.checkpoint.checkpoint import Checkpoint
+from mapdsl.checkpoint.formats import Formats, Forms
 from mapdsl.checkpoint.headers import StoredTensor
 from mapdsl.compiler import ir
 from mapdsl.compiler.check import Checked
 from mapdsl.compiler.codecs import AnyCodec
 from mapdsl.compiler.expand import Expansion, Match, Named, expand, param_values
-from mapdsl.compiler.formula import evaluate, show
+from mapdsl.compiler.formula import evaluate
 from mapdsl.compiler.names import Pattern, Wildcard, number_holes, patterns, read, spelled
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic, MapError, ordered
 from mapdsl.language.source import Span
 from mapdsl.runtime.codecs.likeness import likeliest
-from mapdsl.runtime.codecs.storage import Storage
+from mapdsl.runtime.codecs.storage import RAW_STORAGE, Parts
 from mapdsl.runtime.sizes import Sized, SizeError, axis_sizes, joint_sizes
 
 SHOWN = 3
 # A config of another model, or a broken one: no use in listing a million names.
 TOO_MANY = 10_000
-RAW = Storage("raw", "raw")
 
 
 @dataclass
@@ -62,25 +63,6 @@ def check_against(
     return ordered(comparison.found), comparison.summary
 
 
-def has_answers(checked: Checked, names: Mapping[str, Any]) -> dict[str, bool]:
-    """The answers of every `has(...)` of a map, by its text, for the names of a checkpoint."""
-    answers: dict[str, bool] = {}
-    for param in checked.map.params.values():
-        for node in _has_nodes(param.value):
-            shapes = patterns(node.template)
-            answers[show(node)] = any(read(p, name) is not None for name in names for p in shapes)
-    return answers
-
-
-def _has_nodes(expr: tree.Expr) -> Iterator[tree.Has]:
-    match expr:
-        case tree.Has():
-            yield expr
-        case tree.Default(options=items) | tree.Operation(operands=items) | tree.Call(arguments=items):
-            for item in items:
-                yield from _has_nodes(item)
-
-
 Kind = tuple[str, int, str]  # code, rule, and what it is about
 
 
@@ -92,7 +74,8 @@ class _Comparison:
         self.found: list[Diagnostic] = []
         self.left: dict[str, StoredTensor] = dict(checkpoint.tensors)
         self.together: dict[Kind, list[str]] = {}
-        self.missing = 0
+        self.missing = self.told = 0
+        self.formats: dict[int, list[Formats]] = {}  # of each rule's operands
         answers = has_answers(checked, self.left)
         values = param_values(checked, checkpoint.config, {**answers, **params})
         self.expansion: Expansion = expand(checked, values)
@@ -183,15 +166,21 @@ class _Comparison:
     def _match(self, match: Match, rule: ir.Rule) -> None:
         """Take the tensors of one match: all there, or what is missing is told."""
         names = list(self.expansion.names(match, "left"))
-        missing = [named for named in names if not self._is_there(named, rule)]
+        formats = self._operands(match.rule)
+        missing = [named for named in names if not formats[named.place].is_there(named.name, self.left)]
         if missing:
             self._missing(match, rule, names, missing)
             return
         sizes = self.expansion.sizes(match)
         dtypes: dict[str, str] = {}
         unsolved: list[Sized] = []
+        sound: dict[tuple[int, Forms], AnyCodec] = {}
         for named in names:
-            self._tensor(match, rule, named, sizes, dtypes, unsolved)
+            forms = named.place, formats[named.place].forms(named.name, self.left)
+            if (codec := sound.get(forms)) is not None:  # just like one that was looked at
+                self._take_whole(codec, named.name, rule, dtypes)
+            elif (codec := self._tensor(match, rule, named, sizes, dtypes, unsolved)) is not None:
+                sound[forms] = codec
         try:
             joint_sizes(unsolved, sizes)  # by now the sizes that the others tell are known
         except SizeError as err:
@@ -200,9 +189,13 @@ class _Comparison:
         if len(set(dtypes.values())) > 1 and len(list(self.expansion.names(match, "right"))) == 1:
             self._mixed(match, dtypes)
 
-    def _is_there(self, named: Named, rule: ir.Rule) -> bool:
-        codecs = self.expansion.codecs(rule.left[named.place])
-        return any(codec.names(named.name)[0] in self.left for codec in codecs or [RAW])
+    def _operands(self, number: int) -> list[Formats]:
+        """How the tensors of each operand of a rule may be stored."""
+        if number not in self.formats:
+            operands = self.map.rules[number].left
+            codecs = [tuple(self.expansion.codecs(tensor)) or (RAW_STORAGE,) for tensor in operands]
+            self.formats[number] = [Formats(alternatives, Parts.of(alternatives)) for alternatives in codecs]
+        return self.formats[number]
 
     def _missing(self, match: Match, rule: ir.Rule, names: list[Named], missing: list[Named]) -> None:
         whole = len(missing) == len(names)
@@ -211,7 +204,7 @@ class _Comparison:
             return
         if not whole:  # the rest of the group, companions too, is not worth a second finding
             for named in names:
-                for codec in self.expansion.codecs(rule.left[named.place]) or [RAW]:
+                for codec in self._operands(match.rule)[named.place].codecs:
                     for part in codec.names(named.name):
                         self.left.pop(part, None)
         self.missing += len(missing)
@@ -237,18 +230,23 @@ class _Comparison:
         sizes: dict[str, int],
         dtypes: dict[str, str],
         unsolved: list[Sized],
-    ) -> None:
-        """Hold one tensor against its rule and take it.
+    ) -> AnyCodec | None:
+        """Hold one tensor against its rule and take it; gives its format if nothing was found.
 
         The dtype of one that is stored as it is goes to `dtypes`, one whose sizes others must tell to `unsolved`.
         """
+        told, left_open = self.told, len(unsolved)
         codec = self._format(match, rule, named)
         if codec is None:
-            return
+            return None
         payload = codec.names(named.name)[0]
-        if codec.kind == "raw":
-            dtypes[payload] = self.left[payload].dtype
-        logical = codec.logical_shape(self.left[payload].shape)
+        shape = self.left[payload].shape
+        if len(shape) < codec.needs_payload_dimensions():
+            message = f"has shape {list(shape)}, too few dimensions for a tensor stored as {codec.name}"
+            self._together("C503", match.rule, message, [payload])
+            self._take_whole(codec, named.name, rule, dtypes)
+            return None
+        logical = codec.logical_shape(shape)
         pattern = self.expansion.pattern(match.rule, "left", named.place)
         if pattern is not None:
             try:
@@ -266,13 +264,13 @@ class _Comparison:
             if stored.dtypes and tensor.dtype not in stored.dtypes:
                 message = f"has dtype {tensor.dtype}, expected {' or '.join(stored.dtypes)}"
                 self._together("C504", match.rule, message, [stored.name])
-        for stored in codec.stored(named.name, None):
-            self._take(stored.name, rule, codec.name)
+        self._take_whole(codec, named.name, rule, dtypes)
+        return codec if (self.told, len(unsolved)) == (told, left_open) else None
 
     def _format(self, match: Match, rule: ir.Rule, named: Named) -> AnyCodec | None:
         """The alternative that a tensor is stored in: by its dtype, with all its companions."""
-        codecs = self.expansion.codecs(rule.left[named.place]) or [RAW]
-        claims = [codec for codec in codecs if codec.kind != "raw" and self._claims(codec, named.name)]
+        formats = self._operands(match.rule)[named.place]
+        codecs, claims = formats.codecs, formats.claiming(named.name, self.left)
         whole = [codec for codec in claims if all(name in self.left for name in codec.names(named.name))]
         if whole:
             return whole[likeliest(named.name, whole, lambda name: (self.left[name].dtype, self.left[name].shape))]
@@ -294,9 +292,12 @@ class _Comparison:
             self.left.pop(name, None)
         return None
 
-    def _claims(self, codec: AnyCodec, name: str) -> bool:
-        payload = codec.names(name)[0]
-        return payload in self.left and codec.claims(self.left[payload].dtype)
+    def _take_whole(self, codec: AnyCodec, name: str, rule: ir.Rule, dtypes: dict[str, str]) -> None:
+        """Take all parts of a tensor; the dtype of one that is stored as it is goes to `dtypes`."""
+        for part in codec.names(name):
+            if codec.kind == "raw":
+                dtypes[part] = self.left[part].dtype
+            self._take(part, rule, codec.name)
 
     def _take(self, name: str, rule: ir.Rule, codec: str) -> None:
         if self.left.pop(name, None) is None:
@@ -360,6 +361,7 @@ class _Comparison:
     # --- findings ---
 
     def _together(self, code: str, rule: int, what: str, names: list[str]) -> None:
+        self.told += 1
         self.together.setdefault((code, rule, what), []).extend(names)
 
     def _report(self) -> None:
@@ -395,4 +397,4 @@ def _listed(names: list[str]) -> str:
     return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
 
 
-__all__ = ["MapError", "Summary", "check_against", "has_answers"]
+__all__ = ["MapError", "Summary", "check_against"]

@@ -46,6 +46,7 @@ class Checker:
         self.differences: dict[str, Difference] = {}
         self.untold: dict[str, str] = {}
         self.bytes_compared = 0
+        self.scratch = checkpoint.folder  # where memory that `view` gives may lie, without a name
         self._data = ByteRanges(checkpoint)
         self._state = LazyState(checkpoint)
         self._equal: set[str] = set()
@@ -99,7 +100,7 @@ class Checker:
         stored = self._expected[name]
         if stored.nbytes < _LARGE_BYTES:
             return None
-        for folder in (self.checkpoint.folder, None):
+        for folder in (self.scratch, None):
             with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
                 if hasattr(os, "posix_fallocate"):  # so that a full disk is found now, not by a signal later
                     os.posix_fallocate(file.fileno(), 0, stored.nbytes)
@@ -160,14 +161,10 @@ class Checker:
 
 
 class KeptChecker(WriteOnly):
-    """Takes what codecs keep, as the `entries` of an adapter's complement, and compares it with a side file.
-
-    Without a side file it counts: `coded` are the tensors that were decoded.
-    """
+    """Takes what codecs keep, as the `entries` of an adapter's complement, and compares it with a side file if any."""
 
     def __init__(self, side: SideFile | None) -> None:
         self.side = side
-        self.coded = 0
         self.taken: set[str] = set()
         self.differences: list[Difference] = []
         self.problems: list[str] = []
@@ -176,7 +173,6 @@ class KeptChecker(WriteOnly):
     def __setitem__(self, name: str, entry: KeptEntry) -> None:
         alternative, kept = entry
         with self._lock:
-            self.coded += kept is not None
             self.taken.add(name)
         if self.side is None:
             return

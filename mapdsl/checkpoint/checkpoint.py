@@ -56,6 +56,13 @@ class Checkpoint:
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
+    def config_path(self) -> Path:
+        """Where its config is, if it has one: a listing may have one of its own beside it."""
+        own = self.path.with_name(f"{self.path.stem}.config.json")
+        is_own = self.kind == "listing" and not self.path.is_dir() and own.exists()
+        return own if is_own else self.folder / "config.json"
+
+    @property
     def has_data(self) -> bool:
         """Whether the tensors themselves are there, not only a listing of them."""
         return self.kind != "listing"
@@ -76,12 +83,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises a MapError: C507 for what is missing, broken or hostile, all files' findings at once; C506 for a tensor that
     lies in two files.
     """
-    with _no_collection():
+    with no_collection():
         return _open(Path(path))
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Hold garbage collection off: it would walk a hundred thousand new objects, and torch's, over and over."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -197,9 +204,8 @@ def _with_folder(path: Path, folder: Path, found: _Gathered, files: Sequence[str
 
 def _open_listing(path: Path) -> Checkpoint:
     tensors = read_listing(path) if path.suffix == ".list" else read_json_listing(path)
-    own = path.with_name(f"{path.stem}.config.json")
-    config = read_object(own, "config", lenient=True) if own.exists() else _config(path.parent)
-    return Checkpoint(path, "listing", tensors, config)
+    found = Checkpoint(path, "listing", tensors)
+    return replace(found, config=_config_in(found.config_path))
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -288,7 +294,10 @@ def _other_files(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
-    path = folder / "config.json"
+    return _config_in(folder / "config.json")
+
+
+def _config_in(path: Path) -> dict[str, Any] | None:
     return read_object(path, "config", lenient=True) if path.exists() else None
 
 

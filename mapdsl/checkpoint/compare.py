@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from mapdsl.checkpoint.byteranges import ByteRanges
 from mapdsl.checkpoint.checkpoint import open_checkpoint
 from mapdsl.checkpoint.elements import STRIP_BYTES, Difference, Tally, header_difference
 from mapdsl.checkpoint.headers import StoredTensor
+from mapdsl.checkpoint.progress import Reporter
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,8 @@ def compare(
 ) -> Comparison:
     """Compare two checkpoints of any kind by name, dtype, shape and bytes; where one is a listing, not by bytes.
 
-    A NaN equals one with the same bits, 0.0 and -0.0 differ. With `progress` a bar is drawn on standard error.
+    A NaN equals one with the same bits, 0.0 and -0.0 differ. With `progress` it is shown on standard error, as
+    `convert` does.
 
     Raises a MapError, C507 and C506, where one of them cannot be read.
     """
@@ -75,13 +75,14 @@ def compare(
             if has_data and found[name] is None:
                 pairs.append((tensor, other.tensors[name]))
     total = sum(tensor.nbytes for tensor, _ in pairs)
-    with ByteRanges(one) as mine, ByteRanges(other) as theirs, byte_bar(total, progress) as advance:
+    reporter = Reporter(progress)
+    with ByteRanges(one) as mine, ByteRanges(other) as theirs, reporter.meter("comparing", total) as meter:
         for tensor, twin in pairs:
             tally = Tally(tensor)
             for offset in range(0, tensor.nbytes, STRIP_BYTES):
                 size = min(STRIP_BYTES, tensor.nbytes - offset)
                 tally.compare(offset, mine.read(tensor, offset, size), theirs.read(twin, offset, size))
-                advance(size)
+                meter(size)
             found[tensor.name] = tally.difference()
     differences = tuple(difference for difference in found.values() if difference is not None)
     return Comparison(
@@ -96,16 +97,4 @@ def compare(
     )
 
 
-@contextmanager
-def byte_bar(total: int, progress: bool, task: str = "comparing") -> Iterator[Callable[[int], object]]:
-    """What to call with the bytes that are done of late; a bar runs beside, if it is wanted."""
-    if not progress:
-        yield lambda count: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, desc=task, leave=False) as bar:
-        yield bar.update
-
-
-__all__ = ["Comparison", "Difference", "byte_bar", "compare"]
+__all__ = ["Comparison", "Difference", "compare"]

@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mapdsl.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mapdsl.checkpoint.compare import byte_bar
-from mapdsl.checkpoint.direction import choose_plan
+from mapdsl.checkpoint.attendants import Attendants, Done, Wanted, shared_means
+from mapdsl.checkpoint.checkpoint import Checkpoint
+from mapdsl.checkpoint.checksums import CHECKSUM_FILE
 from mapdsl.checkpoint.engine import convert_tensors
-from mapdsl.checkpoint.files import bad_file, read_text
+from mapdsl.checkpoint.files import read_text
+from mapdsl.checkpoint.following import Verified
 from mapdsl.checkpoint.journal import Journal
-from mapdsl.checkpoint.layout import FileLayout, plan_layout
-from mapdsl.checkpoint.passes import OptionError, Plan, Request, float_dtype, header_texts, origin_of, outputs_of
+from mapdsl.checkpoint.layout import FileLayout
+from mapdsl.checkpoint.memory import memory_budget
+from mapdsl.checkpoint.model_config import ModelConfig, written_config
+from mapdsl.checkpoint.options import (
+    checked_plan,
+    make_request,
+    memory_bound,
+    planned_layout,
+    size_in_bytes,
+    worker_count,
+)
+from mapdsl.checkpoint.passes import Plan, header_texts, origin_of
+from mapdsl.checkpoint.planned import planned_of, side_file_disk
+from mapdsl.checkpoint.progress import Meter, Report, Reporter, plain
+from mapdsl.checkpoint.ranks import Ranks
+from mapdsl.checkpoint.sharing import Means, flush_leftovers, help_out, lead
 from mapdsl.checkpoint.sidecar import SIDE_FILE, Forgetful, SideFile, SideWriter
+from mapdsl.checkpoint.sources import INDEX_SUFFIX, check_destination, open_tensors
 from mapdsl.checkpoint.window import Window
 from mapdsl.checkpoint.writer import CheckpointWriter
-from mapdsl.map import Map, load
+from mapdsl.map import Map
 
-_INDEX = ".safetensors.index.json"
-_INDEXES = (_INDEX, ".bin.index.json")
-FORMATS = ("safetensors", "dcp")
-"""What checkpoints are written as."""
-
-_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) *(?:([KMGT])(i?)B)?", re.IGNORECASE)
+_INDEXES = (INDEX_SUFFIX, ".bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,9 @@ class Conversion:
     keeps (None: none was written); `dropped` are source tensors that the map drops, `edited` counts, by stored name,
     the blocks that were encoded anew. `same_layout` says whether the headers of the checkpoint once read were written
     again (None where there is no side file), `misfit` why not. `left_behind` are names in the source's folder that were
-    not carried over, and keys in torch's files of what is not part of the model.
+    not carried over, and keys in torch's files of what is not part of the model. `config` is the config.json that was
+    written, with what was changed in it, `verified` what was compared, if that was asked for;
+    `checksums` says whether those of the tensors were written.
     """
 
     source: Path
@@ -61,7 +74,17 @@ class Conversion:
     edited: Mapping[str, int] = field(default_factory=dict)
     same_layout: bool | None = None
     misfit: str = ""
+    config: ModelConfig | None = None
+    verified: Verified | None = None
+    checksums: bool = False
     seconds: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """A dict of plain values."""
+        value = {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+        if value["config"] is not None:
+            del value["config"]["text"]  # it lies in the destination
+        return value
 
 
 def convert(
@@ -78,8 +101,13 @@ def convert(
     use_complement: bool = True,
     format: str = "safetensors",  # noqa: A002 (the command's option)
     workers: int | None = None,
+    memory: int | str | None = None,
     resume: bool = False,
+    verify: bool = False,
+    checksums: bool = False,
     progress: bool = False,
+    report: Report | None = None,
+    ranks: Ranks | None = None,
 ) -> Conversion:
     """Convert a checkpoint, a folder or a file, into a new folder.
 
@@ -91,7 +119,8 @@ def convert(
 
     `config` is that of the left side's checkpoint; by default the one that the side file holds, else the source's
     config.json. It becomes the destination's, the source's other files are copied. `workers` units (tensors, or stacks
-    of them) are converted at once, by default as many as torch has threads.
+    of them) are converted at once, by default as many as torch has threads, and fewer where outputs under way would
+    take more than `memory` (2 GiB, or what the largest unit needs).
 
     A destination appears when it is complete. A run that was killed, interrupted, or stopped by the file system leaves
     the hidden folder `.NAME.partial` beside it, with which the same call with `resume` goes on, to the same bytes;
@@ -100,72 +129,63 @@ def convert(
     `format` is that of the files written, `safetensors` or `dcp`, a torch Distributed Checkpoint; that of the source is
     found by itself.
 
+    With `verify` what was written is read again, converted back, and held against the source, while the conversion
+    runs; a difference is an error, R601, and nothing is left under the destination's name. With `checksums` those of
+    all tensors are written beside them, to `mapdsl.checksums.json`.
+
+    With `progress` standard error shows how far it is: a bar on a terminal, else a line a minute. `report` is told of
+    events, dicts of plain values, as the command's `--json` prints them: `plan`, `warning` and `progress`. It is called
+    by other threads too.
+
+    `ranks` are several processes that share the work, all with the same arguments and on a file system that all see:
+    what `with joined_ranks() as ranks` gives, where a launcher such as torchrun started them. Within that block each of
+    them gets the same result; only the first rank shows progress and reports.
+
     Raises a MapError: an error of the map, of the checkpoint (codes C and R) or of the file system (C507); an
-    OptionError for an option that means nothing for the direction.
+    OptionError for an option that means nothing for the direction; an OtherRankError where another rank failed.
     """
     started = time.monotonic()
-    request = Request(
-        map if isinstance(map, Map) else load(map),
-        _opened(source, Path(destination)),
-        float_dtype(dtype),
-        quantize,
-        dict(params or {}),
-        config if config is None or isinstance(config, Mapping) else Path(config),
-        use_complement,
-        _format(format),
+    checkpoint = open_tensors(source)
+    check_destination(checkpoint, Path(destination))
+    request = make_request(
+        map,
+        checkpoint,
+        dtype=dtype,
+        quantize=quantize,
+        params=params,
+        config=config,
+        use_complement=use_complement,
+        format=format,
     )
-    shard_bytes = size_in_bytes(max_shard_size)
-    plan = choose_plan(request, to)
-    _check_options(plan)
-    layout = plan.restored
-    if layout is None:
-        layout = plan_layout(outputs_of(plan, {}), max_shard_bytes=shard_bytes)
-    journal = Journal(Path(destination), _identity(plan, layout), resume=resume)
-    workers = workers or torch.get_num_threads()
-    return _write(plan, layout, journal, workers=workers, progress=progress, started=started)
+    shard_bytes, workers, bound = size_in_bytes(max_shard_size), worker_count(workers), memory_bound(memory)
+    plan = checked_plan(request, to)
+    layout = planned_layout(plan, shard_bytes)
+    means = Means(workers, memory_budget(plan, bound), ranks)
+    if ranks is not None:
+        if resume:
+            flush_leftovers(Path(destination))
+        ranks.agree(_identity(plan, layout))
+    if ranks is not None and ranks.rank:
+        help_out(plan, layout, Path(destination), means)
+        return _conversion(plan, layout, Path(destination), json.loads(ranks.receive("committed")), started)
+    reporter = Reporter(progress, report)
+    _tell_plan(plan, layout, Path(destination), means, reporter)
+    journal = Journal(Path(destination), _identity(plan, layout), resume=resume, ranks=ranks)
+    wanted = Wanted(verify, checksums)
+    outcome = _write(plan, layout, journal, means=means, reporter=reporter, wanted=wanted)
+    if ranks is not None:
+        ranks.hand_out("committed", [json.dumps(outcome)] * (ranks.count - 1))
+    return _conversion(plan, layout, Path(destination), outcome, started)
 
 
-def size_in_bytes(text: int | str) -> int:
-    """`5GB`, `500 MB`, `2GiB` or a number of bytes; OptionError where it is none of these."""
-    found = _SIZE.fullmatch(str(text).strip())
-    if found is None:
-        raise OptionError(f"a shard's size is a number of bytes, or one such as 500MB or 2GiB, not {str(text)[:80]!r}")
-    number, unit, binary = found.groups()
-    exponent = " KMGT".index(unit.upper()) if unit else 0
-    size = int(float(number) * (1024 if binary else 1000) ** exponent)
-    if not size:
-        raise OptionError("a shard has one byte at least")
-    return size
-
-
-def _opened(source: str | os.PathLike[str], destination: Path) -> Checkpoint:
-    """The source's headers; C507 where there is no data, or the destination is in the way of something."""
-    checkpoint = open_checkpoint(source)
-    if not checkpoint.has_data:
-        raise bad_file(checkpoint.path, "a listing has no tensors to convert", advice="give the checkpoint itself")
-    if not checkpoint.tensors:
-        raise bad_file(checkpoint.path, "the checkpoint holds no tensors")
-    if os.path.lexists(destination):
-        advice = "choose another destination, or remove this one first"
-        raise bad_file(destination, "the destination exists already; nothing is overwritten", advice)
-    whole_folder = checkpoint.path.is_dir() or checkpoint.path.name.endswith(_INDEX)
-    if whole_folder and destination.resolve().is_relative_to(checkpoint.folder.resolve()):
-        raise bad_file(destination, f"the destination lies in the source, {checkpoint.folder}", "choose another place")
-    return checkpoint
-
-
-def _format(name: str) -> str:
-    if name not in FORMATS:
-        raise OptionError(f"a checkpoint is written as one of {', '.join(FORMATS)}, not {name!r:.80}")
-    return name
-
-
-def _check_options(plan: Plan) -> None:
-    left, right = plan.request.sides
-    if plan.to_right and plan.request.quantize:
-        raise OptionError(f"--quantize is for the way to {left}; this goes to {right}, where nothing is quantised")
-    if not plan.to_right and plan.request.dtype is not None:
-        raise OptionError(f"--dtype is for the way to {right}, where tensors are decoded; this goes to {left}")
+def _tell_plan(plan: Plan, layout: list[FileLayout], destination: Path, means: Means, reporter: Reporter) -> None:
+    """What is going to be done, and what may surprise about it."""
+    if reporter.report is None:
+        return
+    planned = planned_of(plan, layout, workers=means.workers, destination=destination, memory=means.memory)
+    reporter.event("plan", {**planned.as_json(with_units=False), "destination": str(destination)})
+    if plan.misfit:
+        reporter.event("warning", {"message": f"the files are laid out anew: {plan.misfit}"})
 
 
 def _identity(plan: Plan, layout: list[FileLayout]) -> dict[str, str]:
@@ -180,29 +200,61 @@ def _identity(plan: Plan, layout: list[FileLayout]) -> dict[str, str]:
         "the map": request.map_hash,
         "the config, or a param,": (plan.config_text, sorted((name, repr(v)) for name, v in request.params.items())),
         "an option": (options, plan.side is not None),
+        "what mapdsl makes of it": (sorted(plan.units.of_source.items()), sorted(plan.units.of_output.items())),
         "the size of shards": [hashlib.sha256(file.header).hexdigest() for file in layout],
     }
     return {what: hashlib.sha256(repr(value).encode("utf-8")).hexdigest() for what, value in found.items()}
 
 
 def _write(
-    plan: Plan, layout: list[FileLayout], journal: Journal, *, workers: int, progress: bool, started: float
-) -> Conversion:
-    """The pass over the tensors, into a writer; commits it when all went well."""
-    checkpoint, destination = plan.request.checkpoint, journal.destination
+    plan: Plan, layout: list[FileLayout], journal: Journal, *, means: Means, reporter: Reporter, wanted: Wanted
+) -> dict[str, Any]:
+    """The pass over the tensors, into a writer; commits it when all went well. Gives what is not known beforehand."""
+    destination = journal.destination
     keeps = plan.to_right and plan.request.use_complement
-    kept = SideWriter(destination, journal.folder) if keeps else None
+    kept = SideWriter(destination, journal.folder) if keeps or _keeps_for_now(plan, means, wanted) else None
+    means, beside = shared_means(means, wanted, plan)
     try:
-        with _writer(plan, layout, journal) as writer:
-            carried = _carry_over(plan, writer)
-            _write_tensors(plan, writer, kept, workers=workers, progress=progress, journal=journal)
-            if kept is not None:
+        with (
+            _writer(plan, layout, journal, reporter) as writer,
+            Attendants(wanted, plan, layout, journal, kept, beside) as attendants,
+        ):
+            config = written_config(plan)
+            if config is not None and config.lacks:
+                reporter.event("warning", {"message": config.lacks})
+            carried = _carry_over(plan, writer, config)
+            attendants.start()
+            _write_tensors(
+                plan, writer, kept, means=means, reporter=reporter, journal=journal, finished=attendants.done
+            )
+            if kept is not None and keeps:
                 _write_side_file(plan, writer, kept)
-            writer.commit()
+            writer.commit(check=lambda: attendants.finish(writer, reporter))
     finally:
         if kept is not None:
             kept.close()
         journal.close()
+    return {
+        "files": writer.weight_files,
+        "carried": carried,
+        "kept_bytes": kept.nbytes if kept is not None and keeps else None,
+        "checksums": wanted.checksums,
+        "verified": None if attendants.verified is None else asdict(attendants.verified),
+        "edited": dict(plan.adapter.complement.edited),
+        "keeps_headers": writer.keeps_headers,
+    }
+
+
+def _keeps_for_now(plan: Plan, means: Means, wanted: Wanted) -> bool:
+    """Whether what codecs keep is wanted only to verify what is written."""
+    return plan.to_right and wanted.verify and means.ranks is None
+
+
+def _conversion(
+    plan: Plan, layout: list[FileLayout], destination: Path, outcome: Mapping[str, Any], started: float
+) -> Conversion:
+    """What was planned, and came of it."""
+    checkpoint, carried, keeps_headers = plan.request.checkpoint, tuple(outcome["carried"]), outcome["keeps_headers"]
     left, right = plan.request.sides
     return Conversion(
         source=checkpoint.path,
@@ -213,35 +265,46 @@ def _write(
         bytes_read=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
         tensors_written=sum(len(file.tensors) for file in layout),
         bytes_written=sum(tensor.nbytes for file in layout for tensor in file.tensors),
-        files=writer.weight_files,
+        files=tuple(outcome["files"]),
         carried=carried,
         left_behind=_left_behind(checkpoint, carried),
         dropped=tuple(plan.dropped),
-        kept_bytes=kept.nbytes if kept is not None else None,
-        edited=dict(plan.adapter.complement.edited),
-        same_layout=None if plan.side is None else plan.restored is not None and writer.keeps_headers,
-        misfit=plan.misfit or ("" if writer.keeps_headers else "Distributed Checkpoints have no safetensors headers"),
+        kept_bytes=outcome["kept_bytes"],
+        edited=outcome["edited"],
+        same_layout=None if plan.side is None else plan.restored is not None and keeps_headers,
+        misfit=plan.misfit or ("" if keeps_headers else "Distributed Checkpoints have no safetensors headers"),
+        config=written_config(plan),
+        checksums=outcome["checksums"],
+        verified=None if outcome["verified"] is None else Verified.from_json(outcome["verified"]),
         seconds=time.monotonic() - started,
     )
 
 
-def _writer(plan: Plan, layout: list[FileLayout], journal: Journal) -> CheckpointWriter:
+def _writer(plan: Plan, layout: list[FileLayout], journal: Journal, reporter: Reporter) -> CheckpointWriter:
     """The writer for the format that is asked for."""
     if plan.request.format == "dcp":
         from mapdsl.checkpoint.dcp_writer import DcpWriter  # imports torch.distributed
 
-        return DcpWriter(journal.destination, layout=layout, journal=journal)
-    same_index = plan.restored is not None and plan.side is not None
-    return CheckpointWriter(journal.destination, layout=layout, write_index=not same_index, journal=journal)
+        return DcpWriter(
+            journal.destination, layout=layout, journal=journal, beside_bytes=side_file_disk(plan), reporter=reporter
+        )
+    write_index = plan.restored is None or plan.side is None
+    return CheckpointWriter(
+        journal.destination,
+        layout=layout,
+        write_index=write_index,
+        journal=journal,
+        beside_bytes=side_file_disk(plan),
+    )
 
 
-def _carry_over(plan: Plan, writer: CheckpointWriter) -> tuple[str, ...]:
+def _carry_over(plan: Plan, writer: CheckpointWriter, config: ModelConfig | None) -> tuple[str, ...]:
     """Write the files that hold no tensors; gives their names."""
     checkpoint = plan.request.checkpoint
-    others = tuple(name for name in checkpoint.other_files if name != SIDE_FILE)
+    others = tuple(name for name in checkpoint.other_files if name not in (SIDE_FILE, CHECKSUM_FILE))
     writer.carry_over(checkpoint, others)
-    if plan.config_text is not None:
-        writer.write_bytes("config.json", plan.config_text.encode("utf-8"))
+    if config is not None and plan.config_text is not None:
+        writer.write_bytes("config.json", config.text.encode("utf-8"))
     has_index = plan.restored is not None and plan.side is not None and writer.keeps_headers
     if has_index and plan.side is not None and plan.side.origin.index_name is not None:
         writer.write_bytes(plan.side.origin.index_name, plan.side.origin.index_text.encode("utf-8"))
@@ -249,26 +312,47 @@ def _carry_over(plan: Plan, writer: CheckpointWriter) -> tuple[str, ...]:
 
 
 def _write_tensors(
-    plan: Plan, writer: CheckpointWriter, kept: SideWriter | None, *, workers: int, progress: bool, journal: Journal
+    plan: Plan,
+    writer: CheckpointWriter,
+    kept: SideWriter | None,
+    *,
+    means: Means,
+    reporter: Reporter,
+    journal: Journal,
+    finished: Done | None,
 ) -> None:
     """Every tensor to its place, as soon as it is made."""
     total = sum(tensor.nbytes for file in writer.layout for tensor in file.tensors)
     entries = plan.side if plan.side is not None else kept if kept is not None else Forgetful()
-    with byte_bar(total, progress, "writing") as advance:
-        convert_tensors(plan, writer, entries, workers=workers, progress=advance, journal=journal)
-        if kept is not None:
+    with reporter.meter("writing", total) as meter:
+        if means.ranks is not None:
+            lead(plan, writer, entries, means, journal=journal, progress=meter)
+        else:
+            convert_tensors(
+                plan,
+                writer,
+                entries,
+                workers=means.workers,
+                memory=means.memory,
+                progress=meter,
+                journal=journal,
+                finished=finished,
+            )
+        if kept is not None and plan.request.use_complement:
             state = Window(plan.request.checkpoint)
             for name in plan.dropped:
                 kept.add_stored(name, state[name])
             state.close()
         if plan.side is not None:
-            _write_stored(plan.side, writer)
+            _write_stored(plan.side, writer, meter)
 
 
-def _write_stored(side: SideFile, writer: CheckpointWriter) -> None:
+def _write_stored(side: SideFile, writer: CheckpointWriter, meter: Meter) -> None:
     """The tensors that the map dropped, as they were stored."""
     for name in side.stored_names:
-        writer.write(name, side.stored(name))
+        tensor = side.stored(name)
+        writer.write(name, tensor)
+        meter(tensor.nbytes)
 
 
 def _write_side_file(plan: Plan, writer: CheckpointWriter, kept: SideWriter) -> None:
@@ -281,7 +365,7 @@ def _index(checkpoint: Checkpoint) -> tuple[str, str] | None:
     """Name and text of the index that the checkpoint was opened by."""
     path = checkpoint.path
     names = [path.name] if not path.is_dir() else os.listdir(path)
-    found = [name for name in names if name.endswith(_INDEX)]
+    found = [name for name in names if name.endswith(INDEX_SUFFIX)]
     return (found[0], read_text(checkpoint.folder / found[0], "index")) if found else None
 
 
@@ -290,7 +374,7 @@ def _left_behind(checkpoint: Checkpoint, carried: tuple[str, ...]) -> tuple[str,
     out of a checkpoint that is a folder."""
     if not checkpoint.path.is_dir():
         return checkpoint.left_out
-    known = {*checkpoint.files, *carried, "config.json", SIDE_FILE}
+    known = {*checkpoint.files, *carried, "config.json", SIDE_FILE, CHECKSUM_FILE}
     names = [name for name in sorted(os.listdir(checkpoint.path)) if name not in known and not name.endswith(_INDEXES)]
     shown = (f"{name}/" if (checkpoint.path / name).is_dir() else name for name in names if name[0] != ".")
     return (*checkpoint.left_out, *shown)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -27,18 +26,17 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from mapdsl.checkpoint.dcp_metadata import DATA_SUFFIX, METADATA_FILE
 from mapdsl.checkpoint.dtypes import torch_dtype, torch_shape
-from mapdsl.checkpoint.files import bad_file
 from mapdsl.checkpoint.headers import StoredTensor
 from mapdsl.checkpoint.journal import WORK_PREFIX, Journal
-from mapdsl.checkpoint.layout import MAX_SHARD_BYTES, Entry, FileLayout
+from mapdsl.checkpoint.layout import MAX_SHARD_BYTES, Entry, FileLayout, disk_needed
+from mapdsl.checkpoint.progress import Meter, Reporter
 from mapdsl.checkpoint.rawbytes import buffer
+from mapdsl.checkpoint.sources import check_disk
 from mapdsl.checkpoint.tensors import map_file
 from mapdsl.checkpoint.writer import CheckpointWriter
 
 NOTES_FILE = f"{WORK_PREFIX}packed"
 """Says which shards are packed, while the folder has not yet its name."""
-
-_TENSOR_OVERHEAD = 4096  # bytes that torch.save and the metadata add to a tensor, names apart; 1.6 to 2.5 kB are usual
 
 
 class DcpWriter(CheckpointWriter):
@@ -56,8 +54,12 @@ class DcpWriter(CheckpointWriter):
         max_shard_bytes: int = MAX_SHARD_BYTES,
         layout: Sequence[FileLayout] | None = None,
         journal: Journal | None = None,
+        beside_bytes: int = 0,
+        reporter: Reporter | None = None,
     ) -> None:
+        self._reporter = reporter or Reporter()
         options = {"max_shard_bytes": max_shard_bytes, "layout": layout, "journal": journal}
+        options["beside_bytes"] = beside_bytes
         super().__init__(destination, entries, metadata={}, write_index=False, **options)  # type: ignore[arg-type]
 
     keeps_headers = False
@@ -84,12 +86,8 @@ class DcpWriter(CheckpointWriter):
         return file.name in self._taken_over or super()._is_there(file)
 
     def _check_space(self) -> None:
-        sizes = [file.size for file in self.layout]
-        needed = sum(sizes) + max(sizes, default=0) + _TENSOR_OVERHEAD * len(self._places)
-        free = shutil.disk_usage(self.destination.parent).free
-        if needed > free:
-            message = f"the checkpoint needs {needed:,} bytes while it is written, the disk has {free:,} free"
-            raise bad_file(self.destination, message, advice="smaller shards (--max-shard-size) need less on the way")
+        needed = disk_needed(self.layout, is_packed=True) + self._beside_bytes
+        check_disk(self.destination, needed, "smaller shards (--max-shard-size) need less on the way")
 
     def _finish_files(self) -> None:
         """Pack the shards; torch's `.metadata` comes last."""
@@ -112,17 +110,28 @@ class DcpWriter(CheckpointWriter):
         plans = [writer.prepare_local_plan(plan) for plan in plans]
         plans, metadata = planners[0].create_global_plan(plans)
         plans = writer.prepare_global_plan(plans)
+        with self._reporter.meter("packing", sum(file.size for file in self.layout)) as meter:
+            results = self._pack_shards(writer, planners, plans, meter)
+        writer.finish(metadata, results)
+
+    def _pack_shards(
+        self, writer: _Writer, planners: Sequence[_ShardPlanner], plans: Sequence[SavePlan], meter: Meter
+    ) -> list[list[WriteResult]]:
+        """Pack the shards that no earlier run has packed."""
         packed, results = self._packed(), []
         for planner, plan, file, name in zip(planners, plans, self.layout, self.weight_files, strict=True):
-            if file.name not in packed:
+            if file.name in packed:
+                meter.skip(file.size)
+            else:
                 found = writer.write_data(planner.finish_plan(plan), planner).value()
                 planner.close()
                 packed[file.name] = _places(found, name)
                 self._note(file, packed[file.name])
+                meter(file.size)
             (self._folder / file.name).unlink(missing_ok=True)
             # Made anew, so that a run that was gone on with pickles what another would.
             results.append([_result(item, name, packed[file.name]) for item in plan.items])
-        writer.finish(metadata, results)
+        return results
 
     def _note(self, file: FileLayout, places: Mapping[str, tuple[int, int]]) -> None:
         """Note that a shard is packed, and where its tensors are now."""

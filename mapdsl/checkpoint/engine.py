@@ -7,18 +7,21 @@ So a unit needs no plan of its own to be run apart, and the work shares itself o
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mapdsl.checkpoint.files import bad_file, reason
-from mapdsl.checkpoint.journal import Journal
+from mapdsl.checkpoint.journal import JournalFile
+from mapdsl.checkpoint.memory import Budget, held_bytes
 from mapdsl.checkpoint.passes import Plan, another_adapter, run_plan
+from mapdsl.checkpoint.progress import Meter, UnitProgress
 from mapdsl.checkpoint.sidecar import Entry, SideFile, SideWriter
 from mapdsl.checkpoint.units import Allocation
 from mapdsl.checkpoint.window import WorkingWindow
@@ -33,24 +36,36 @@ def convert_tensors(
     entries: MutableMapping[str, Entry],
     *,
     workers: int,
-    progress: Callable[[int], object],
-    journal: Journal | None = None,
+    progress: Meter,
+    journal: JournalFile | None = None,
+    finished: Callable[[int, Mapping[str, int]], object] | None = None,
+    gate: Callable[[int], bool] | None = None,
+    only: Collection[int] | None = None,
+    memory: int | None = None,
+    stop: threading.Event | None = None,
 ) -> None:
     """Write all outputs of a plan. `progress` is told of bytes; raises what a worker raises, once all have stopped.
 
-    Units that the journal has are done already; those that are finished are noted there.
+    Units that the journal has are done already; those that are finished are noted there. `finished` is told of both,
+    with what was edited, as soon as their outputs are written. `gate` is asked before a worker begins a unit: it may
+    wait, and False leaves the unit out.
+
+    With `only`, just these units are converted, whatever the journal has. Units under way at once need no more than
+    `memory`, if each of them by itself does not. All ends, without an error, soon after somebody sets `stop`.
     """
-    total = sum(map(plan.nbytes, plan.forms))
-    run = _Run(plan, writer, entries, progress, journal)
-    run.take_over()
-    if total < SMALL_BYTES:
-        workers = 1
+    workers = workers_for(plan, workers)
+    run = _Run(plan, writer, entries, progress, journal, Budget(memory), stop or threading.Event())
+    run.finished, run.gate = finished, gate
+    if only is None:
+        run.take_over()
+    else:
+        run.omit(set(range(plan.units.count)) - set(only))
     # A single worker is a thread of its own too: all of torch's threads for each small operator cost twice the time.
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(workers, "mapdsl-convert", work_alone) as pool:
-            futures = [pool.submit(_Worker(run).work) for _ in range(workers)]
             try:
+                futures = [pool.submit(_Worker(run).work) for _ in range(workers)]
                 wait(futures)
             except BaseException:  # an interrupt, say: leaving the pool waits for the workers
                 run.failed.set()
@@ -61,6 +76,30 @@ def convert_tensors(
     for problem in failures:
         if not isinstance(problem, _StoppedError):
             raise problem
+
+
+def workers_for(plan: Plan, asked: int) -> int:
+    """How many workers a plan is worth."""
+    return 1 if sum(map(plan.nbytes, plan.forms)) < SMALL_BYTES else asked
+
+
+def take_over(
+    plan: Plan, writer: Writer, entries: MutableMapping[str, Entry], records: Iterable[Mapping[str, Any]]
+) -> set[int]:
+    """Take what a journal says is done, by an earlier run or another rank, as this run's own; gives the units."""
+    done: set[int] = set()
+    for record in records:
+        done.add(record["unit"])
+        plan.adapter.complement.edited.update(record["edited"])
+        if isinstance(entries, SideWriter):
+            entries.restore(record["kept"])
+    writer.take_over(plan.name_of(name) for name, unit in plan.units.of_output.items() if unit in done)
+    return done
+
+
+def output_bytes(plan: Plan, units: AbstractSet[int]) -> int:
+    """What comes out of some units."""
+    return sum(plan.nbytes(name) for name, unit in plan.units.of_output.items() if unit in units)
 
 
 class Writer(Protocol):
@@ -97,11 +136,16 @@ class _Run:
         plan: Plan,
         writer: Writer,
         entries: MutableMapping[str, Entry],
-        progress: Callable[[int], object],
-        journal: Journal | None,
+        progress: Meter,
+        journal: JournalFile | None,
+        budget: Budget,
+        stop: threading.Event,
     ) -> None:
         self.plan, self.writer, self.entries, self.progress, self.journal = plan, writer, entries, progress, journal
-        self.failed = threading.Event()
+        self.budget, self.held = budget, held_bytes(plan)
+        self.finished: Callable[[int, Mapping[str, int]], object] | None = None
+        self.gate: Callable[[int], bool] | None = None
+        self.failed = stop
         self.lock = threading.Lock()
         self._taken = [False] * plan.units.count
         self.members = plan.units.members()
@@ -115,29 +159,29 @@ class _Run:
 
     def take_over(self) -> None:
         """What the journal says is done."""
-        units, edited = self.plan.units, self.plan.adapter.complement.edited
-        done: set[int] = set()
-        for record in self.journal.done if self.journal is not None else ():
-            done.add(record["unit"])
-            edited.update(record["edited"])
-            if isinstance(self.entries, SideWriter):
-                self.entries.restore(record["kept"])
-        names = [name for name, unit in units.of_output.items() if unit in done]
-        for unit in done:
+        records = self.journal.done if self.journal is not None else []
+        done = take_over(self.plan, self.writer, self.entries, records)
+        self.omit(done)
+        for record in records if self.finished is not None else ():
+            self.finished(record["unit"], record["edited"])  # type: ignore[misc]
+        self.progress.skip(output_bytes(self.plan, done))
+
+    def omit(self, units: Iterable[int]) -> None:
+        """These are done, or others'."""
+        for unit in units:
             self._taken[unit] = True
-        self.writer.take_over(self.plan.name_of(name) for name in names)
-        self.progress(sum(map(self.plan.nbytes, names)))
 
     def finish(self, unit: int, kept: Iterable[str], edited: Mapping[str, int]) -> None:
         """Note that a unit is done, with what was kept of its tensors, and which of them were edited."""
-        if self.journal is None:
-            return
-        record = self.entries.record(kept) if isinstance(self.entries, SideWriter) else []
-        try:
-            self.journal.add({"unit": unit, "kept": record, "edited": dict(edited)})
-        except OSError as problem:
-            message = f"cannot write the journal: {reason(problem)}"
-            raise bad_file(self.journal.destination, message, self.journal.advice) from problem
+        if self.journal is not None:
+            record = self.entries.record(kept) if isinstance(self.entries, SideWriter) else []
+            try:
+                self.journal.add({"unit": unit, "kept": record, "edited": dict(edited)})
+            except OSError as problem:
+                message = f"cannot write the journal: {reason(problem)}"
+                raise bad_file(self.journal.destination, message, self.journal.advice) from problem
+        if self.finished is not None:
+            self.finished(unit, edited)
 
 
 @dataclass
@@ -147,6 +191,7 @@ class _Open:
     outputs: set[str]
     sources: set[str]
     kept: list[str] = field(default_factory=list)
+    progress: UnitProgress = field(kw_only=True)
 
 
 class _Worker:
@@ -158,11 +203,13 @@ class _Worker:
         self._places: dict[str, Tensor] = {}
         self._open: dict[int, _Open] = {}
         self._noted: set[str] = set()  # of what was edited
+        self._at_work: int | None = None  # the unit of this worker whose memory is taken
         self.window = WorkingWindow(
             run.plan.request.checkpoint,
-            lambda name: self._is_mine(run.plan.units.of_source[name]),
+            self._asks,
             self._place,
             self._settle,
+            lambda: self.at_own,
         )
         self._adapter = another_adapter(run.plan)
 
@@ -176,6 +223,7 @@ class _Worker:
             run.failed.set()
             raise
         finally:
+            self._take_memory(None)
             self.window.close()
         with run.lock:
             run.plan.adapter.complement.edited.update(self._adapter.complement.edited)
@@ -185,22 +233,56 @@ class _Worker:
         """Whether the group at work is of a unit of this worker."""
         return self.window.looked_at is None or self._is_mine(self.run.plan.units.of_source[self.window.looked_at])
 
+    def _asks(self, name: str) -> bool:
+        """Whether a source tensor that is asked for is of a unit of this worker."""
+        unit = self.run.plan.units.of_source[name]
+        if not self._is_mine(unit):
+            return False
+        if unit in self._open:
+            self._open[unit].progress.read(name)
+        return True
+
+    def _progress_of(self, sources: Iterable[str], outputs: Iterable[str]) -> UnitProgress:
+        plan = self.run.plan
+        stored = {name: plan.request.checkpoint.tensors[name].nbytes for name in sources}
+        return UnitProgress(self.run.progress, stored, sum(map(plan.nbytes, outputs)))
+
     def _is_mine(self, unit: int) -> bool:
         if self.run.failed.is_set():
             raise _StoppedError
         if unit not in self._mine:
             self._mine[unit] = self.run.take(unit)
+            if self._mine[unit] and self.run.gate is not None:
+                self._mine[unit] = self.run.gate(unit)
             if self._mine[unit]:
                 sources, outputs = self.run.members[unit]
-                self._open[unit] = _Open(set(outputs), set(sources))
+                self._open[unit] = _Open(set(outputs), set(sources), progress=self._progress_of(sources, outputs))
+        if self._mine[unit] and self._at_work != unit:
+            self._take_memory(unit)
         return self._mine[unit]
+
+    def _take_memory(self, unit: int | None) -> None:
+        """Wait for the memory of a unit, of which a group is to be converted; what was held is given back first.
+
+        Between two groups a worker holds none, though it has units open: so nobody waits for it in vain.
+        """
+        run = self.run
+        if self._at_work is not None:
+            run.budget.give_back(run.held[self._at_work])
+            self._at_work = None
+        if unit is not None:
+            if not run.budget.take(run.held[unit], run.failed.is_set):
+                raise _StoppedError
+            self._at_work = unit
 
     def _settle(self) -> None:
         """Between two groups: note the units of which nothing is left to do."""
+        self._take_memory(None)
         for unit, left in list(self._open.items()):
             left.sources = {name for name in left.sources if name not in self.window.asked}
             if not left.outputs and not left.sources:
                 del self._open[unit]
+                left.progress.finish()
                 edited = self._adapter.complement.edited
                 fresh = {name: count for name, count in edited.items() if name not in self._noted}
                 self._noted |= fresh.keys()
@@ -238,8 +320,6 @@ class _Worker:
             writer.write(target, tensor)
         if unit is not None:
             self._open[unit].outputs.discard(name)
-        with self.run.lock:
-            self.run.progress(tensor.nbytes)
 
     def _read_back(self, name: str) -> Tensor:
         plan = self.run.plan

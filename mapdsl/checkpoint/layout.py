@@ -20,6 +20,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 METADATA = {"format": "pt"}  # transformers refuses a file that does not say so
 
+_PACKED_OVERHEAD = 4096  # bytes that torch.save and the metadata add to a tensor, names apart; 1.6 to 2.5 kB are usual
 _DTYPE_ORDER = {name: place for place, name in enumerate(reversed(BITS))}
 
 
@@ -91,6 +92,13 @@ def plan_layout(
     return [FileLayout(name, _encode(shard, texts)) for name, shard in zip(names, shards, strict=True)]
 
 
+def shared_metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """The `__metadata__` of new files for a checkpoint's tensors: what all of its files say alike, and torch's."""
+    shared, *others = [dict(texts) for texts in checkpoint.metadata.values()] or [{}]
+    alike = {key: text for key, text in shared.items() if all(texts.get(key) == text for texts in others)}
+    return alike | METADATA
+
+
 def index_text(layout: Sequence[FileLayout]) -> str:
     """The text of `model.safetensors.index.json`, as transformers writes it: total size in bytes, name to file."""
     stored = [(tensor, file.name) for file in layout for tensor in file.tensors]
@@ -99,6 +107,14 @@ def index_text(layout: Sequence[FileLayout]) -> str:
         "weight_map": {tensor.name: name for tensor, name in stored},
     }
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def disk_needed(layout: Sequence[FileLayout], *, is_packed: bool = False) -> int:
+    """Bytes of disk that files need while they are written: of those that are packed anew, one more than in the end."""
+    sizes = [file.size for file in layout]
+    if not is_packed:
+        return sum(sizes)
+    return sum(sizes) + max(sizes, default=0) + _PACKED_OVERHEAD * sum(len(file.tensors) for file in layout)
 
 
 def _encode(shard: list[tuple[Entry, int]], metadata: dict[str, str]) -> bytes:

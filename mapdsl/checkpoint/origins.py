@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -47,6 +48,22 @@ class Origins:
             own = self._own.get(name, name)
             result.append(differences[name].made_from(*self._of(own, differences[name], found.get(own))))
         return tuple(result)
+
+    def uncompared(self) -> set[str]:
+        """The outputs that the map states a value for, and that nothing is held against when they are read."""
+        found: set[str] = set()
+        for number, rule in enumerate(self.expansion.map.rules):
+            if rule.value is None or rule.value.compared or not rule.sides[self.made]:
+                continue
+            with contextlib.suppress(MapError, EvaluationError, KeyError):  # a param that the checkpoint does without
+                for match in self.expansion.matches(number):
+                    found |= {named.name for named in self.expansion.names(match, _SIDES[self.made])}
+        return found & self._outputs.keys()
+
+    def rule_of(self, output: str) -> int | None:
+        """The number of the rule that makes an output; None for what a wildcard carries."""
+        found = self._found({output}).get(output)
+        return None if found is None else found[0].rule
 
     def _of(self, own: str, difference: Difference, made_by: tuple[Match, Named] | None) -> tuple[list[str], str]:
         """Sources and origin of one difference."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapdsl.checkpoint.checkpoint import Checkpoint
+from mapdsl.checkpoint.checkpoint import Checkpoint, no_collection
 from mapdsl.checkpoint.dtypes import dtype_name, stored_shape, torch_dtype, torch_shape
 from mapdsl.checkpoint.files import parse_object, read_text
 from mapdsl.checkpoint.headers import LENGTH_BYTES
@@ -32,6 +32,7 @@ from mapdsl.language.unparse import unparse_header, unparse_statement
 from mapdsl.map import Map
 from mapdsl.runtime.adapter import Adapter
 from mapdsl.runtime.codecs import formats
+from mapdsl.runtime.codecs.kept import Kept
 from mapdsl.runtime.errors import ConversionError
 
 _HELP = {
@@ -54,13 +55,21 @@ class OptionError(ValueError):
 
 
 class _Counting(Forgetful):
-    """Forgets what is kept, but for its size."""
+    """Forgets what is kept, but for its size and the formats that it was found in."""
 
-    nbytes = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+        self.formats: dict[str, str] = {}
+        self._last: tuple[Kept | None, int] = None, 0
 
     def __setitem__(self, name: str, entry: Any) -> None:
-        if entry[1] is not None:
-            self.nbytes += sum(part.nbytes for part in entry[1].to_tensors().values())
+        codec, kept = entry
+        if kept is not None:
+            if kept is not self._last[0]:  # of tensors that are alike it is the same
+                self._last = kept, kept.nbytes
+            self.formats[name] = codec
+            self.nbytes += self._last[1]
 
 
 @dataclass(frozen=True)
@@ -118,9 +127,9 @@ class Plan:
     """What a conversion in one direction will write, as the pass over meta tensors found it.
 
     `entries` are the adapter's outputs in the order in which they will come, `dropped` the tensors that no output comes
-    from, `units` what can be converted apart, `kept_bytes` what the codecs keep, at least. `config_text` is the config
-    of the left side's checkpoint. `restored` are the source's own headers where the side file has them and they fit,
-    `misfit` says why they do not.
+    from, `units` what can be converted apart, `kept_bytes` what the codecs keep, at least, and
+    `formats` that of each decoded tensor. `config_text` is the config of the left side's checkpoint.
+    `restored` are the source's own headers where the side file has them and they fit, `misfit` says why they do not.
     """
 
     request: Request
@@ -131,6 +140,7 @@ class Plan:
     entries: list[Entry] = field(default_factory=list)
     units: Units = field(default_factory=Units)
     kept_bytes: int = 0
+    formats: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     restored: list[FileLayout] | None = None
     misfit: str = ""
@@ -178,6 +188,7 @@ def noted(problem: MapError, note: str) -> MapError:
     return MapError([*others, replace(last, help="\n".join([last.help, note]).strip())])
 
 
+@no_collection()
 def make_plan(request: Request, *, to_right: bool) -> Plan:
     """Run the conversion over meta tensors. Raises a MapError for whatever speaks against it."""
     side = None if to_right else request.side_file()
@@ -206,7 +217,7 @@ def make_plan(request: Request, *, to_right: bool) -> Plan:
             raise
         raise _with_overview(problem, request) from None
     plan.entries = [(name, dtype, shape) for name, (dtype, shape) in made.items()]
-    plan.units, plan.kept_bytes = state.units.finish(), kept.nbytes
+    plan.units, plan.kept_bytes, plan.formats = state.units.finish(), kept.nbytes, kept.formats
     plan.dropped = [name for name in request.checkpoint.tensors if name not in state.asked]
     if side is not None:
         _restore_layout(plan, side)
@@ -258,7 +269,7 @@ def another_adapter(plan: Plan) -> Adapter:
 def adapter_of(request: Request, side: SideFile | None) -> tuple[Adapter, str | None]:
     """The adapter, and the text of the config that it was made for."""
     checkpoint = request.checkpoint
-    path: Path | str = checkpoint.folder / "config.json"
+    path: Path | str = checkpoint.config_path
     fields: Mapping[str, Any] | None = None
     text: str | None = None
     if isinstance(request.config, Mapping):

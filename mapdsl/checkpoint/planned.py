@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mapdsl.checkpoint.checkpoint import open_checkpoint
-from mapdsl.checkpoint.direction import choose_plan
-from mapdsl.checkpoint.files import bad_file
-from mapdsl.checkpoint.layout import plan_layout
-from mapdsl.checkpoint.passes import Plan, Request, outputs_of
-from mapdsl.map import Map, load
+from mapdsl.checkpoint.checkpoint import no_collection, open_checkpoint
+from mapdsl.checkpoint.engine import workers_for
+from mapdsl.checkpoint.layout import FileLayout, disk_needed
+from mapdsl.checkpoint.memory import held_bytes, memory_budget
+from mapdsl.checkpoint.options import (
+    checked_plan,
+    make_request,
+    memory_bound,
+    planned_layout,
+    size_in_bytes,
+    worker_count,
+)
+from mapdsl.checkpoint.passes import Plan
+from mapdsl.checkpoint.sources import check_destination, check_disk, free_bytes, with_tensors
+from mapdsl.map import Map
 
 
 @dataclass(frozen=True)
 class Unit:
     """Tensors that are converted together: the first output, how many there are, and the bytes on both sides.
 
-    `held_bytes` is what a worker needs memory for: outputs that are neither copied nor filled where they are to lie.
+    `held_bytes` is the memory that a worker needs for it, about: of copied outputs, and of those that are filled where
+    they are to lie, it holds none.
     """
 
     output: str
@@ -39,7 +48,8 @@ class Planned:
     """What a conversion will do.
 
     `copied_tensors` come out as they are stored. `kept_bytes` is what the side file will hold, at least (None: none is
-    written). `free_bytes` is what the destination's disk has (None: no destination was given).
+    written). `needed_bytes` is what the destination's disk must have while the output is written, `free_bytes` what it
+    has (None: no destination was given). `memory_bytes` bounds the memory of all units under way.
     """
 
     source: Path
@@ -57,47 +67,76 @@ class Planned:
     kept_bytes: int | None
     units: tuple[Unit, ...]
     workers: int
+    format: str
+    needed_bytes: int
+    memory_bytes: int
     free_bytes: int | None = None
 
     @property
-    def needed_bytes(self) -> int:
-        """What the destination's disk must have."""
-        return self.bytes_written + (self.kept_bytes or 0)
-
-    @property
     def held_bytes(self) -> int:
-        """Memory for outputs under way, at most: the largest units, one a worker."""
-        return sum(sorted((unit.held_bytes for unit in self.units), reverse=True)[: self.workers])
+        """Memory for outputs under way, at most: the largest units, one a worker, within the bound."""
+        largest = sorted((unit.held_bytes for unit in self.units), reverse=True)[: self.workers]
+        return min(sum(largest), self.memory_bytes)
+
+    def as_json(self, *, with_units: bool = True) -> dict[str, Any]:
+        """A dict of plain values."""
+        value = asdict(self) | {"source": str(self.source), "held_bytes": self.held_bytes}
+        if not with_units:
+            del value["units"]
+        return value
 
 
+@no_collection()
 def plan_conversion(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str] | None,
     map: Map | str | os.PathLike[str],  # noqa: A002 (as `convert` has it)
     *,
     to: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str | None = None,
     quantize: bool = False,
     params: Mapping[str, Any] | None = None,
-    config: str | os.PathLike[str] | None = None,
-    max_shard_bytes: int,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    max_shard_size: int | str = "5GB",
     use_complement: bool = True,
+    format: str = "safetensors",  # noqa: A002 (as `convert` has it)
     workers: int | None = None,
+    memory: int | str | None = None,
 ) -> Planned:
     """Plan a conversion of a checkpoint, or of a listing; see `convert` for the arguments.
 
-    Raises a MapError for all that speaks against it: C and R codes; C507 where the destination's disk is too small.
+    Raises what `convert` raises before it reads data: a MapError for all that speaks against the conversion, C507 where
+    the destination is in the way of something or its disk too small; an OptionError.
     """
-    checkpoint = open_checkpoint(source)
-    if not checkpoint.tensors:
-        raise bad_file(checkpoint.path, "the checkpoint holds no tensors")
-    where = None if config is None else Path(config)
-    rules = map if isinstance(map, Map) else load(map)
-    request = Request(rules, checkpoint, dtype, quantize, dict(params or {}), where, use_complement)
-    plan = choose_plan(request, to)
-    layout = plan.restored or plan_layout(outputs_of(plan, {}), max_shard_bytes=max_shard_bytes)
+    checkpoint = with_tensors(open_checkpoint(source))
+    place = None if destination is None else Path(destination)
+    if place is not None:
+        check_destination(checkpoint, place)
+    request = make_request(
+        map,
+        checkpoint,
+        dtype=dtype,
+        quantize=quantize,
+        params=params,
+        config=config,
+        use_complement=use_complement,
+        format=format,
+    )
+    shard_bytes, workers = size_in_bytes(max_shard_size), worker_count(workers)
+    bound = memory_bound(memory)
+    plan = checked_plan(request, to)
+    layout = planned_layout(plan, shard_bytes)
+    planned = planned_of(plan, layout, workers=workers, destination=place, memory=memory_budget(plan, bound))
+    if place is not None:
+        check_disk(place, planned.needed_bytes)
+    return planned
+
+
+def planned_of(plan: Plan, layout: list[FileLayout], *, workers: int, destination: Path | None, memory: int) -> Planned:
+    """What a plan comes to, when units under way have so much memory."""
+    request, checkpoint = plan.request, plan.request.checkpoint
     left, right = request.sides
-    planned = Planned(
+    return Planned(
         source=checkpoint.path,
         source_side=left if plan.to_right else right,
         target_side=right if plan.to_right else left,
@@ -112,13 +151,17 @@ def plan_conversion(
         dropped=tuple(plan.dropped),
         kept_bytes=_kept_bytes(plan),
         units=_units(plan),
-        workers=workers or torch.get_num_threads(),
-        free_bytes=None if destination is None else shutil.disk_usage(Path(destination).absolute().parent).free,
+        workers=workers_for(plan, workers),
+        format=request.format,
+        memory_bytes=memory,
+        needed_bytes=disk_needed(layout, is_packed=request.format == "dcp") + side_file_disk(plan),
+        free_bytes=None if destination is None else free_bytes(destination),
     )
-    if planned.free_bytes is not None and planned.free_bytes < planned.needed_bytes:
-        message = f"the checkpoint needs {planned.needed_bytes:,} bytes, the disk has {planned.free_bytes:,} free"
-        raise bad_file(Path(str(destination)), message, "free space, or choose another destination")
-    return planned
+
+
+def side_file_disk(plan: Plan) -> int:
+    """Disk that the side file needs, at least: what it keeps is first put aside, then written."""
+    return 2 * (_kept_bytes(plan) or 0)
 
 
 def _kept_bytes(plan: Plan) -> int | None:
@@ -131,8 +174,7 @@ def _kept_bytes(plan: Plan) -> int | None:
 
 def _units(plan: Plan) -> tuple[Unit, ...]:
     """The units, in order."""
-    stored, found = plan.request.checkpoint.tensors, plan.units
-    free = {*found.copied, *found.in_place.values()}
+    stored = plan.request.checkpoint.tensors
     return tuple(
         Unit(
             output=outputs[0] if outputs else "",
@@ -140,7 +182,7 @@ def _units(plan: Plan) -> tuple[Unit, ...]:
             sources=len(sources),
             bytes_read=sum(stored[name].nbytes for name in sources),
             bytes_written=sum(map(plan.nbytes, outputs)),
-            held_bytes=sum(plan.nbytes(name) for name in outputs if name not in free),
+            held_bytes=held,
         )
-        for sources, outputs in found.members()
+        for (sources, outputs), held in zip(plan.units.members(), held_bytes(plan), strict=True)
     )

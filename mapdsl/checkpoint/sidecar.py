@@ -9,6 +9,7 @@ were. The suffix is its own, because loaders read every `*.safetensors` of a fol
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import threading
@@ -75,8 +76,9 @@ class Origin:
 
 
 class _Spooled(NamedTuple):
-    """A tensor in a temporary file."""
+    """A tensor in a rank's temporary file."""
 
+    rank: int
     dtype: str
     shape: list[int]
     begin: int
@@ -106,11 +108,12 @@ class SideWriter(WriteOnly):
     """Takes what codecs keep, as the `entries` of an adapter's complement, to disk; nothing can be read from it.
 
     Until `finish` all lies in files of `folder`, where the conversion to `destination` is made, and with which a later
-    run can go on (`record`, `restore`). Entries may come from several threads, in any order: the side file has its own.
+    run, or another rank, can go on (`record`, `restore`). Entries may come from several threads, in any order: the side
+    file has its own. Each `rank` of several processes has files of its own.
     """
 
-    def __init__(self, destination: Path, folder: Path) -> None:
-        self._destination, self._folder = destination, folder
+    def __init__(self, destination: Path, folder: Path, rank: int = 0) -> None:
+        self._destination, self._folder, self._rank = destination, folder, rank
         self._spools: dict[int, IO[bytes]] = {}
         self._kept: dict[int, dict[str, _Spooled]] = {width: {} for width in _WIDTHS}
         self._entries: dict[str, tuple[str, int]] = {}
@@ -164,14 +167,21 @@ class SideWriter(WriteOnly):
             with path.open("wb") as file:
                 file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
                 for width in _WIDTHS:
-                    for _, kept in sorted(self._kept[width].items()):
-                        if width not in self._spools:  # all of it is from an earlier run
-                            self._spools[width] = self._spool(width)
-                        self._spools[width].seek(kept.begin)
-                        file.write(self._spools[width].read(kept.nbytes))
+                    self._write_kept(width, file)
         except OSError as problem:
             raise self._unwritable(problem) from problem
         self.close()  # the files of `folder` go at the commit: until then a later run may need them
+
+    def _write_kept(self, width: int, file: IO[bytes]) -> None:
+        """What all ranks have kept of elements of a width, in order of names."""
+        if width in self._spools:
+            self._spools[width].flush()
+        with contextlib.ExitStack() as opened:
+            ranks = {kept.rank for kept in self._kept[width].values()}
+            spools = {rank: opened.enter_context(self.spool_path(width, rank).open("rb")) for rank in ranks}
+            for _, kept in sorted(self._kept[width].items()):
+                spools[kept.rank].seek(kept.begin)
+                file.write(spools[kept.rank].read(kept.nbytes))
 
     def record(self, names: Iterable[str]) -> list[Any]:
         """What is kept of some tensors, for a journal; their bytes are with the system when this returns."""
@@ -184,9 +194,9 @@ class SideWriter(WriteOnly):
         """Take over what an earlier run has kept: what `record` gave."""
         for name, text, check, spooled in record:
             self._entries[name] = (text, check)
-            for width, role, dtype, shape, begin, nbytes in spooled:
-                self._kept[width][role] = _Spooled(dtype, shape, begin, nbytes)
-                self.nbytes += nbytes
+            for width, role, *rest in spooled:
+                self._kept[width][role] = _Spooled(*rest)
+                self.nbytes += self._kept[width][role].nbytes
 
     def _spooled_of(self, name: str) -> list[Any]:
         roles = [f"{name}|{role}" for role in json.loads(self._entries[name][0]).get("roles", ())]
@@ -194,9 +204,13 @@ class SideWriter(WriteOnly):
 
     def _spool(self, width: int) -> IO[bytes]:
         """A file for elements of a width, open at its end."""
-        spool = (self._folder / f".mapdsl.kept-{width}").open("a+b")
+        spool = self.spool_path(width, self._rank).open("ab")
         spool.seek(0, os.SEEK_END)
         return spool
+
+    def spool_path(self, width: int, rank: int) -> Path:
+        """Where what a rank keeps of elements of a width lies, until `finish`; see `record`."""
+        return self._folder / (f".mapdsl.kept-{width}-{rank}" if rank else f".mapdsl.kept-{width}")
 
     def close(self) -> None:
         """Give up the temporary files."""
@@ -239,7 +253,8 @@ class SideWriter(WriteOnly):
                 self.nbytes += len(data)
         except OSError as problem:
             raise self._unwritable(problem) from problem
-        self._kept[width][name] = _Spooled(dtype_name(tensor.dtype), list(stored_shape(tensor)), begin, len(data))
+        form = dtype_name(tensor.dtype), list(stored_shape(tensor))
+        self._kept[width][name] = _Spooled(self._rank, *form, begin, len(data))
         return zlib.crc32(data, check)
 
 

@@ -8,6 +8,7 @@ a tied one say, are one unit.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -22,7 +23,8 @@ class Units:
     """The unit of every source tensor and of every output, by number; `count` of them.
 
     `in_place` are outputs that are whole tensors which their group fills: they can be filled where they are to lie.
-    `copied` are, by output, stored tensors that come out as they are.
+    `copied` are, by output, stored tensors that come out as they are. `filled_bytes` is, by unit, the memory that one
+    of its groups fills which is no output: nought where there is no entry.
     """
 
     of_source: dict[str, int] = field(default_factory=dict)
@@ -30,9 +32,14 @@ class Units:
     in_place: dict[Allocation, str] = field(default_factory=dict)
     copied: dict[str, str] = field(default_factory=dict)
     count: int = 0
+    filled_bytes: dict[int, int] = field(default_factory=dict)
 
     def members(self) -> list[tuple[list[str], list[str]]]:
         """The source tensors and the outputs of each unit."""
+        return self._members
+
+    @cached_property
+    def _members(self) -> list[tuple[list[str], list[str]]]:
         found: list[tuple[list[str], list[str]]] = [([], []) for _ in range(self.count)]
         for place, numbers in enumerate((self.of_source, self.of_output)):
             for name, unit in numbers.items():
@@ -52,6 +59,7 @@ class UnitFinder:
         self._allocated: dict[Allocation, Tensor] = {}
         self._in_place: dict[Allocation, str] = {}
         self._copied: dict[str, str] = {}
+        self._filled: dict[Allocation, int] = {}
 
     def begin(self) -> None:
         """A group begins."""
@@ -61,8 +69,9 @@ class UnitFinder:
     def touch(self, name: str) -> None:
         """The group looks at a source tensor."""
         self._first = self._first or name
-        self._current = self._joined(self._of_source.get(name))
-        self._of_source[name] = self._current
+        known = self._of_source.get(name)
+        if known is None or known != self._current:
+            self._current = self._of_source[name] = self._joined(known)
 
     def handed(self, name: str, tensor: Tensor) -> None:
         """The group is given a source tensor."""
@@ -70,7 +79,9 @@ class UnitFinder:
 
     def allocated(self, tensor: Tensor) -> None:
         """The group has memory to fill."""
-        self._allocated[self._first, len(self._allocated)] = tensor
+        place = self._first, len(self._allocated)
+        self._allocated[place] = tensor
+        self._filled[place] = tensor.nbytes
 
     def output(self, name: str, tensor: Tensor) -> None:
         """A tensor comes out."""
@@ -96,7 +107,15 @@ class UnitFinder:
 
         of_source = {name: number(unit) for name, unit in self._of_source.items()}
         of_output = {name: number(unit) for name, unit in self._of_output.items()}
-        return Units(of_source, of_output, self._in_place, self._copied, len(numbers))
+        of_group: dict[str, int] = {}
+        for place, nbytes in self._filled.items():
+            if place not in self._in_place:
+                of_group[place[0]] = of_group.get(place[0], 0) + nbytes
+        filled: dict[int, int] = {}
+        for first, nbytes in of_group.items():
+            unit = of_source.get(first, -1)
+            filled[unit] = max(filled.get(unit, 0), nbytes)
+        return Units(of_source, of_output, self._in_place, self._copied, len(numbers), filled)
 
     def _joined(self, other: int | None) -> int:
         """The unit at work, one with another if there is one."""

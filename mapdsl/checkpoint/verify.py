@@ -13,29 +13,23 @@ from typing import Any
 import torch
 
 from mapdsl.checkpoint.checker import Checker, KeptChecker
-from mapdsl.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mapdsl.checkpoint.compare import byte_bar
+from mapdsl.checkpoint.checkpoint import Checkpoint
+from mapdsl.checkpoint.checksums import CHECKSUM_FILE
 from mapdsl.checkpoint.direction import choose_plan
 from mapdsl.checkpoint.elements import Difference
 from mapdsl.checkpoint.engine import convert_tensors
-from mapdsl.checkpoint.files import bad_file, parse_object, read_text
+from mapdsl.checkpoint.files import parse_object, read_text
 from mapdsl.checkpoint.headers import StoredTensor
 from mapdsl.checkpoint.layout import Entry
+from mapdsl.checkpoint.options import check_direction, make_request
 from mapdsl.checkpoint.origins import Origins
-from mapdsl.checkpoint.passes import (
-    OptionError,
-    Plan,
-    Request,
-    float_dtype,
-    header_texts,
-    make_plan,
-    outputs_of,
-    run_plan,
-)
+from mapdsl.checkpoint.passes import Plan, header_texts, make_plan, outputs_of
+from mapdsl.checkpoint.progress import reporting
 from mapdsl.checkpoint.sidecar import SIDE_FILE, Forgetful, SideFile
+from mapdsl.checkpoint.sources import open_tensors
 from mapdsl.checkpoint.window import Window
 from mapdsl.language.diagnostics import MapError
-from mapdsl.map import Map, load
+from mapdsl.map import Map
 from mapdsl.runtime.errors import ConversionError
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -125,39 +119,25 @@ def verify(
     means nothing for the direction.
     """
     started = time.monotonic()
-    request = Request(
-        map if isinstance(map, Map) else load(map),
-        _opened(source),
-        float_dtype(dtype),
-        quantize,
-        dict(params or {}),
-        config if config is None or isinstance(config, Mapping) else Path(config),
-        use_complement,
+    request = make_request(
+        map,
+        open_tensors(source, "compare"),
+        dtype=dtype,
+        quantize=quantize,
+        params=params,
+        config=config,
+        use_complement=use_complement,
     )
-    found = _verified(choose_plan(request, to), _opened(destination), progress)
+    found = _verified(choose_plan(request, to), open_tensors(destination, "compare"), progress)
     return replace(found, seconds=time.monotonic() - started)
-
-
-def _opened(path: str | os.PathLike[str]) -> Checkpoint:
-    checkpoint = open_checkpoint(path)
-    if not checkpoint.has_data:
-        raise bad_file(checkpoint.path, "a listing has no tensors to compare", advice="give the checkpoint itself")
-    if not checkpoint.tensors:
-        raise bad_file(checkpoint.path, "the checkpoint holds no tensors")
-    return checkpoint
 
 
 def _verified(plan: Plan, held: Checkpoint, progress: bool) -> Verification:
     """What one direction or the other finds."""
-    request, (left, right) = plan.request, plan.request.sides
-    if plan.to_right:
-        if request.quantize:
-            raise OptionError(f"--quantize is for the way to {left}; this goes to {right}, where nothing is quantised")
-        return _written(plan, held, progress)
-    if plan.side is None and not request.quantize and _is_quantised(plan, held):
+    request = plan.request
+    if not plan.to_right and plan.side is None and not request.quantize and _is_quantised(plan, held):
         return _decoded(plan, held, progress)
-    if request.dtype is not None:
-        raise OptionError(f"--dtype is of decoded tensors; on this way to {left} none is decoded")
+    check_direction(plan)
     return _written(plan, held, progress)
 
 
@@ -230,7 +210,7 @@ def _decoded(plan: Plan, held: Checkpoint, progress: bool) -> Verification:
         raise MapError(
             [replace(d, help="\n".join(filter(None, (d.help, note)))) for d in problem.diagnostics]
         ) from None
-    if not _coded(back):
+    if not back.formats:  # nothing there is decoded
         return _written(plan, held, progress)
     source = request.checkpoint
     with _checking(back, source, back.entries, Forgetful(), progress, is_reference=True) as checker:
@@ -258,13 +238,6 @@ def _decoded(plan: Plan, held: Checkpoint, progress: bool) -> Verification:
     )
 
 
-def _coded(plan: Plan) -> int:
-    """How many tensors a conversion decodes."""
-    entries, state = KeptChecker(None), Window(plan.request.checkpoint, device="meta")
-    run_plan(plan, state, lambda name, tensor: None, plan.on_meta, entries)
-    return entries.coded
-
-
 @contextlib.contextmanager
 def _checking(
     plan: Plan,
@@ -278,8 +251,8 @@ def _checking(
     """Run a conversion into a checker; a bar runs beside."""
     checker = Checker(held, expected, is_reference=is_reference)
     try:
-        with byte_bar(checker.nbytes, progress) as advance:
-            convert_tensors(plan, checker, entries, workers=torch.get_num_threads(), progress=advance)
+        with reporting("comparing", checker.nbytes, progress=progress) as meter:
+            convert_tensors(plan, checker, entries, workers=torch.get_num_threads(), progress=meter)
             yield checker
     finally:
         checker.close()
@@ -344,8 +317,8 @@ def _untold(checker: Checker) -> Iterator[str]:
 def _not_kept(plan: Plan, kept: KeptChecker) -> Iterator[str]:
     """What the decoded values and the side file do not tell."""
     if plan.to_right and kept.side is None:
-        if kept.coded:
-            yield f"what decoding loses of {kept.coded:,} tensors (scales, other codes for a value): no {SIDE_FILE}"
+        if count := len(plan.formats):
+            yield f"what decoding loses of {count:,} tensors (scales, other codes for a value): no {SIDE_FILE}"
         if plan.dropped:
             yield f"dropped by the map: {_some(plan.dropped)}"
     elif not plan.to_right and plan.side is None and plan.dropped:
@@ -353,7 +326,7 @@ def _not_kept(plan: Plan, kept: KeptChecker) -> Iterator[str]:
 
 
 def _other_files(held: Checkpoint) -> Iterator[str]:
-    files = [name for name in held.other_files if name != SIDE_FILE]
+    files = [name for name in held.other_files if name not in (SIDE_FILE, CHECKSUM_FILE)]
     files += ["config.json"] if held.config is not None else []
     if files:
         yield f"files without tensors: {_some(files)}"

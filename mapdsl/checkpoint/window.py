@@ -10,7 +10,7 @@ import torch
 from mapdsl.checkpoint.checkpoint import Checkpoint
 from mapdsl.checkpoint.tensors import LazyState
 from mapdsl.checkpoint.units import UnitFinder
-from mapdsl.runtime.watched import WatchedState
+from mapdsl.runtime.watched import Form, WatchedState
 
 WINDOW_BYTES = 64 * 2**20
 """How much of what was handed out last is left in memory."""
@@ -63,7 +63,13 @@ class PlanningWindow(Window, WatchedState):
 
     def touch(self, name: str) -> None:
         """See `WatchedState.touch`."""
+        self.asked[name] = None
         self.units.touch(name)
+
+    def form(self, name: str) -> Form:
+        """See `WatchedState.form`."""
+        stored = self.checkpoint.tensors[name]
+        return stored.dtype, stored.shape
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """See `WatchedState.allocate`."""
@@ -75,8 +81,9 @@ class PlanningWindow(Window, WatchedState):
 class WorkingWindow(Window, WatchedState):
     """The tensors of the units that are one worker's own; of all others, meta tensors.
 
-    `is_mine` says it of a source tensor; `place` gives memory in the output, where a tensor can be filled there;
-    `begins` is told of every group. `asked` are the tensors that were looked at, of all units.
+    `is_mine` says it of a source tensor, `at_own` of the group at work; `place` gives memory in the output, where a
+    tensor can be filled there; `begins` is told of every group. `asked` are the tensors that were looked at, of all
+    units.
     """
 
     device = torch.device("cpu")
@@ -87,8 +94,10 @@ class WorkingWindow(Window, WatchedState):
         is_mine: Callable[[str], bool],
         place: Callable[[tuple[str, int]], torch.Tensor | None],
         begins: Callable[[], object],
+        at_own: Callable[[], bool],
     ) -> None:
         super().__init__(checkpoint)
+        self._at_own = at_own
         self._tell_begin = begins
         self._is_mine, self._memory = is_mine, place
         self._others = Window(checkpoint, device="meta")
@@ -108,6 +117,13 @@ class WorkingWindow(Window, WatchedState):
         self.asked[name] = None
         if self._begins:
             self._begins, self.looked_at = False, name
+
+    def form(self, name: str) -> Form | None:
+        """See `WatchedState.form`."""
+        if self._at_own():
+            return None
+        stored = self.checkpoint.tensors[name]
+        return stored.dtype, stored.shape
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """See `WatchedState.allocate`."""

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,10 +21,20 @@ from mapdsl.checkpoint.dtypes import DTYPE_NAMES, stored_shape, torch_dtype, tor
 from mapdsl.checkpoint.file_writing import allocate, copy_range, flush, flush_folder, write_tensor
 from mapdsl.checkpoint.files import bad_file, is_plain_name, leaves_folder, reason
 from mapdsl.checkpoint.headers import StoredTensor
-from mapdsl.checkpoint.journal import WORK_PREFIX, Journal, partial_folder
-from mapdsl.checkpoint.layout import INDEX_FILE, MAX_SHARD_BYTES, Entry, FileLayout, index_text, plan_layout
+from mapdsl.checkpoint.interrupts import deferred_interrupts
+from mapdsl.checkpoint.journal import WORK_PREFIX, JournalFile, partial_folder
+from mapdsl.checkpoint.layout import (
+    INDEX_FILE,
+    MAX_SHARD_BYTES,
+    Entry,
+    FileLayout,
+    disk_needed,
+    index_text,
+    plan_layout,
+)
+from mapdsl.checkpoint.ranks import may_go_on
 from mapdsl.checkpoint.rawbytes import buffer
-from mapdsl.language.diagnostics import MapError
+from mapdsl.checkpoint.sources import check_disk
 
 _SHOWN = 5
 
@@ -38,7 +48,8 @@ class CheckpointWriter:
 
     All is written in a hidden folder beside `destination`; `commit()` makes it durable and renames it. `abort()`,
     leaving a `with` block without a commit, and any failure of the file system remove it; with a `journal` of units
-    that are done, a failure of the file system and an interrupt leave it for a later run.
+    that are done, a failure of the file system and an interrupt leave it for a later run. `beside_bytes` is what files
+    that the caller makes himself need of the disk.
 
     Raises a MapError: C507 where the destination exists, its folder does not, the disk is too full, or a layout is bad;
     C506 for a tensor or a file given twice.
@@ -54,7 +65,8 @@ class CheckpointWriter:
         single_file: bool = False,
         layout: Sequence[FileLayout] | None = None,
         write_index: bool = True,
-        journal: Journal | None = None,
+        journal: JournalFile | None = None,
+        beside_bytes: int = 0,
     ) -> None:
         if (entries is None) == (layout is None):
             raise ValueError("expected either entries or a layout")
@@ -71,6 +83,7 @@ class CheckpointWriter:
         self._lock = threading.Lock()
         self._state = "open"
         self._journal = journal
+        self._beside_bytes = beside_bytes
         self._folder = partial_folder(self.destination) if journal is not None else _new_folder(self.destination)
         try:
             self._check_destination()
@@ -194,9 +207,10 @@ class CheckpointWriter:
             with self._removing(f"copy {name}"):
                 shutil.copyfile(source, self._folder / name)
 
-    def commit(self) -> Path:
+    def commit(self, check: Callable[[], object] | None = None) -> Path:
         """Write the index if there are several files, flush all to disk, and give the folder its name.
 
+        `check` is called when all files have their last form; what it raises leaves the destination as it was.
         Raises a MapError: C502 while tensors are missing (the writer stays open), C507 where the disk fails or the
         destination has appeared meanwhile.
         """
@@ -212,14 +226,17 @@ class CheckpointWriter:
         self._check_destination()
         with self._removing("finish the checkpoint"):
             self._finish_files()
+            if check is not None:
+                check()
             for name in self._files:
                 flush(self._folder / name)
             flush_folder(self._folder)
-            os.rename(self._folder, self.destination)
-        self._state = "committed"
-        for path in self.destination.glob(f"{WORK_PREFIX}*"):
-            with contextlib.suppress(OSError):
-                path.unlink()
+            with deferred_interrupts():
+                os.rename(self._folder, self.destination)
+                self._state = "committed"
+                for path in self.destination.glob(f"{WORK_PREFIX}*"):
+                    with contextlib.suppress(OSError):
+                        path.unlink()
         self._close_journal()
         flush_folder(self.destination.parent)
         return self.destination
@@ -249,9 +266,7 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        is_worth = self._journal is not None and self._journal.done and kind is not None
-        # An error of the map or of the data would come again; an interrupt, a full disk or a lost file need not.
-        if is_worth and (not isinstance(value, Exception) or _is_of_files(value)):
+        if kind is not None and may_go_on(value) and self._journal is not None and self._journal.worth_keeping:
             self.leave()
         else:
             self.abort()
@@ -298,10 +313,7 @@ class CheckpointWriter:
             raise bad_file(self.destination, f"its folder {parent} does not exist", advice="make it first")
 
     def _check_space(self) -> None:
-        needed = sum(file.size for file in self.layout)
-        free = shutil.disk_usage(self.destination.parent).free
-        if needed > free:
-            raise bad_file(self.destination, f"the checkpoint needs {needed:,} bytes, the disk has {free:,} free")
+        check_disk(self.destination, disk_needed(self.layout) + self._beside_bytes)
 
     def _check_fits(self, stored: StoredTensor, tensor: torch.Tensor) -> None:
         """The tensor has data, and the dtype and shape that its header promises."""
@@ -351,7 +363,7 @@ class CheckpointWriter:
         except OSError as problem:
             message = f"cannot {task}: {reason(problem)}"
             advice = "nothing is left of it; free space, or choose another destination"
-            if self._journal is not None and self._journal.done:
+            if self._journal is not None and self._journal.worth_keeping:
                 advice = self._journal.advice
                 self.leave()
             else:
@@ -362,11 +374,6 @@ class CheckpointWriter:
 def _new_folder(destination: Path) -> Path:
     """A folder beside a destination that nobody else has."""
     return destination.with_name(f".{destination.name[:100]}.partial-{secrets.token_hex(4)}")
-
-
-def _is_of_files(problem: BaseException | None) -> bool:
-    """Whether an error is one of the file system, not of what a file holds."""
-    return isinstance(problem, MapError) and isinstance(problem.__cause__, OSError)
 
 
 def _places(layout: Sequence[FileLayout]) -> dict[str, StoredTensor]:

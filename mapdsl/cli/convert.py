@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from mapdsl.cli.inputs import FILE_HELP, add_config, params_of
-from mapdsl.cli.output import UsageError, complain, escaped, paint, say
+from mapdsl.checkpoint.progress import human
+from mapdsl.cli.conversion_options import (
+    SOURCE_HELP,
+    add_conversion_options,
+    add_output_options,
+    add_report_options,
+    conversion_options,
+    output_options,
+    usage_errors,
+)
+from mapdsl.cli.ending import told_ending
+from mapdsl.cli.output import escaped, paint, say
+from mapdsl.cli.ranks import ranks_of_launcher
 
 if TYPE_CHECKING:
     from mapdsl.checkpoint.convert import Conversion
 
 _SHOWN = 4
-SOURCE_HELP = "a folder of safetensors, pytorch_model.bin or a torch Distributed Checkpoint; an index; a .safetensors, "
-SOURCE_HELP += ".pt, .pth or .bin file (read with weights_only=True)"
-SHARD_HELP = "the latter needs one more shard of disk space while it is written"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -24,79 +30,56 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="convert a checkpoint",
-        description="Convert a checkpoint from one side of a map to the other, into a new folder. "
-        "What a conversion to the right side loses is kept there in mapdsl.complement, so that the way back gives the "
-        "same files, byte for byte. Other files beside the weights are copied, but for hidden ones and sub-folders. "
-        "Nothing is overwritten, and nothing half-written is left behind.",
+        description="Convert a checkpoint from one side of a map to the other, into a new folder. The left side is the "
+        "one of stored checkpoints, quantised perhaps, the right side the model's. What decoding loses is kept in "
+        "DST/mapdsl.complement, so that the way back gives the same files, byte for byte. Other files beside the "
+        "weights are copied, but for hidden ones and sub-folders. Nothing is overwritten. DST appears when it is "
+        "complete; a run that was cut short leaves a hidden folder, with which --resume goes on.",
+        epilog="Exit status: 0 where DST is complete, 1 for an error, 2 for wrong options, 130 after Ctrl-C, 143 after "
+        "SIGTERM. `mapdsl plan` with the same options says beforehand what will be done, `mapdsl verify` afterwards "
+        "whether it was. Example: mapdsl convert DeepSeek-V4-Flash model --map deepseek_v4",
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help=SOURCE_HELP)
     parser.add_argument("destination", metavar="DST", help="the folder to make")
-    parser.add_argument("--map", metavar="MAP", required=True, help=FILE_HELP)
-    parser.add_argument("--to", metavar="SIDE", help="the side to go to; by default the one that SRC is not")
-    dtype = "to the right side: of the tensors that are decoded there (bf16); the others keep their own. To the left "
-    dtype += "side it is refused: tensors are encoded as they were, in the map's formats, or not at all"
-    parser.add_argument("--dtype", choices=("bf16", "f32", "f16"), help=dtype)
-    quantize = "write the stored side in the map's formats although there is no side file to say which"
-    parser.add_argument("--quantize", action="store_true", help=quantize)
-    add_config(parser)
-    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="500MB, 2GiB, or bytes (5GB)")
-    written = "of what is written: safetensors shards with an index, or a torch Distributed Checkpoint (safetensors); "
-    parser.add_argument("--format", choices=("safetensors", "dcp"), default="safetensors", help=written + SHARD_HELP)
-    workers = "tensors, or stacks of them, that are converted at once (one a core)"
-    parser.add_argument("--workers", metavar="N", type=int, help=workers)
-    resume = "go on with a run to DST that was killed, interrupted, or stopped by a full disk"
+    add_conversion_options(parser)
+    add_output_options(parser)
+    verify = "read what is written, convert it back, and compare it with SRC, before DST takes its name"
+    parser.add_argument("--verify", action="store_true", help=verify)
+    checksums = "write the SHA-256 of every tensor to DST/mapdsl.checksums.json; `mapdsl checksums` compares them"
+    parser.add_argument("--checksums", action="store_true", help=checksums)
+    resume = "go on with a conversion to DST that was killed, interrupted, or stopped by a full disk"
     parser.add_argument("--resume", action="store_true", help=resume)
-    complement = "write no mapdsl.complement; on the way back, take no notice of it"
-    parser.add_argument("--no-complement", action="store_true", help=complement)
+    quiet = "print nothing but errors: no progress, no summary"
+    add_report_options(parser, quiet=quiet, json="print events as JSON, one a line: see docs/checkpoints.md")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, and tell what was done."""
-    import signal
+    with told_ending(arguments) as report:
+        from mapdsl.checkpoint.convert import convert
 
-    from mapdsl.checkpoint.convert import convert
-    from mapdsl.checkpoint.passes import OptionError
-
-    if arguments.workers is not None and arguments.workers < 1:
-        raise UsageError("--workers is 1 or more")
-    params = params_of(arguments)
-    previous = signal.signal(signal.SIGTERM, _leave)  # so that what is half written is removed
-    try:
-        done = convert(
-            arguments.source,
-            arguments.destination,
-            arguments.map,
-            to=arguments.to,
-            dtype=arguments.dtype,
-            quantize=arguments.quantize,
-            params=params,
-            config=arguments.config,
-            max_shard_size=arguments.max_shard_size,
-            use_complement=not arguments.no_complement,
-            workers=arguments.workers,
-            resume=arguments.resume,
-            format=arguments.format,
-            progress=sys.stderr is not None and sys.stderr.isatty(),
-        )
-    except OptionError as problem:
-        raise UsageError(escaped(str(problem))) from None
-    except (KeyboardInterrupt, SystemExit):
-        from mapdsl.checkpoint.journal import partial_folder
-
-        if partial_folder(Path(arguments.destination)).exists():
-            complain("what is done is kept: the same command with --resume goes on")
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    for line in story(done):
-        say(line)
+        with usage_errors(), ranks_of_launcher(arguments.destination) as ranks:
+            options = conversion_options(arguments) | output_options(arguments)
+            is_first = ranks is None or not ranks.rank
+            done = convert(
+                arguments.source,
+                arguments.destination,
+                arguments.map,
+                **options,
+                resume=arguments.resume,
+                verify=arguments.verify,
+                checksums=arguments.checksums,
+                progress=not arguments.quiet and is_first,
+                report=report if is_first else None,
+                ranks=ranks,
+            )
+        if report is not None and is_first:
+            report({"event": "done", **done.as_json()})
+    if is_first and not arguments.json and not arguments.quiet:
+        for line in story(done):
+            say(line)
     return 0
-
-
-def _leave(number: int, frame: object) -> NoReturn:
-    del frame
-    sys.exit(128 + number)
 
 
 def story(done: Conversion) -> list[str]:
@@ -109,6 +92,7 @@ def story(done: Conversion) -> list[str]:
         lines.append(f"  carried over: {_some(done.carried)}")
     if done.left_behind:
         lines.append(f"  left behind: {_some(done.left_behind)}")
+    lines += _config_lines(done)
     if done.dropped:
         kept = "" if done.kept_bytes is None else ", kept for the way back"
         lines.append(f"  dropped by the map{kept}: {_some(done.dropped)}")
@@ -123,17 +107,33 @@ def story(done: Conversion) -> list[str]:
         count = sum(done.edited.values())
         blocks = "1 block was" if count == 1 else f"{count:,} blocks were"
         lines.append(f"  edited: {blocks} encoded anew, in {_some(tuple(done.edited))}")
+    return lines + _verified_lines(done)
+
+
+def _verified_lines(done: Conversion) -> list[str]:
+    """What was compared, and what not."""
+    found = done.verified
+    lines = ["  mapdsl.checksums.json has the SHA-256 of every tensor"] if done.checksums else []
+    if found is None:
+        return lines
+    kept = f", and {found.kept:,} entries of mapdsl.complement read" if found.kept else ""
+    lines += [f"  verified: {_amount(found.tensors, found.bytes)} of the source compared with what was written{kept}"]
+    if found.tensors_again:
+        count = _amount(found.tensors_again, found.bytes_again)
+        lines.append(f"  verified: {count} written compared with a second conversion: {escaped(found.reason)}")
+    return lines + [f"  not compared: {escaped(text)}" for text in found.not_compared]
+
+
+def _config_lines(done: Conversion) -> list[str]:
+    """What was changed in config.json, and what it lacks."""
+    config, lines = done.config, []
+    if config is not None and config.removed:
+        lines.append(f"  config.json: {_some(config.removed)} removed, as nothing is quantised here")
+    if config is not None and config.added:
+        lines.append(f"  config.json: {config.added} added, for the formats of the map")
+    if config is not None and config.lacks:
+        lines.append(paint(f"  config.json: {escaped(config.lacks)}", "warning"))
     return lines
-
-
-def human(count: int) -> str:
-    """A number of bytes for people: `1.5 GB`."""
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _amount(tensors: int, size: int) -> str:

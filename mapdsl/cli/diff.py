@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
-from mapdsl.cli.convert import human
+from mapdsl.checkpoint.progress import human
+from mapdsl.cli.conversion_options import add_report_options
 from mapdsl.cli.differences import difference_lines, listing_lines
 from mapdsl.cli.output import escaped, paint, say, say_json
 
@@ -23,23 +23,24 @@ def add_parser(subparsers: Any) -> None:
         help="compare two checkpoints, by name, dtype, shape and bytes",
         description="Compare two checkpoints, by name, dtype, shape and bytes, whatever their files are called and "
         "however tensors are shared out over them. Listings have no bytes to compare. A NaN equals one with the same "
-        "bits, 0.0 and -0.0 differ. The exit status is 0 where they are equal, 1 where they differ.",
+        "bits, 0.0 and -0.0 differ. Exit status: 0 where they are equal, 1 where they differ and for errors, 2 for "
+        "wrong options.",
         allow_abbrev=False,
     )
     parser.add_argument("first", metavar="A", help=_CKPT)
     parser.add_argument("second", metavar="B", help=_CKPT)
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    quiet = "print nothing but errors and what differs"
+    add_report_options(parser, quiet=quiet, json="print what was found as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, and tell what differs; 1 if anything does."""
     from mapdsl.checkpoint.compare import compare
 
-    progress = sys.stderr is not None and sys.stderr.isatty()
-    found = compare(arguments.first, arguments.second, progress=progress)
+    found = compare(arguments.first, arguments.second, progress=not arguments.quiet)
     if arguments.json:
         say_json(found.as_json())
-    else:
+    elif not (arguments.quiet and found.equal):
         for line in story(found):
             say(line)
     return int(not found.equal)

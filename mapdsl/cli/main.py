@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from importlib import import_module
 from typing import NoReturn
 
 from mapdsl import __version__
+from mapdsl.cli.interrupts import exit_status, heeded_signals
 from mapdsl.cli.output import UsageError, complain, escaped, flush, prepare, show_error
+from mapdsl.cli.ranks import is_spare, mute_where_spare
 
 # Modules of this package, in the order in which `mapdsl --help` lists them.
 COMMANDS = (
@@ -27,14 +30,14 @@ COMMANDS = (
     "plan",
     "verify",
     "diff",
+    "checksums",
     "snapshot",
     "maps",
     "demo",
 )
 
 OK, BAD_INPUT, BAD_USAGE = 0, 1, 2
-# As a shell reports a process that the signal ended.
-INTERRUPTED, BROKEN_PIPE = 130, 141
+BROKEN_PIPE = 141  # as a shell reports a process that the signal ended
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,12 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torch says so wherever numpy is not installed, and nothing here needs it.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     prepare()
-    try:
-        return _run(words)
-    except BrokenPipeError:
-        return BROKEN_PIPE
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    with heeded_signals(is_last=arguments is None):
+        try:
+            return _run(words)
+        except BrokenPipeError:
+            return BROKEN_PIPE
+        except KeyboardInterrupt as problem:
+            return exit_status(problem)
 
 
 def _run(words: list[str]) -> int:
@@ -83,13 +87,17 @@ def _run(words: list[str]) -> int:
         if words and not words[0].startswith("-") and words[0] not in COMMANDS:
             advice = _meant(words[0], COMMANDS) or f"; commands are {', '.join(COMMANDS)}"
             parser.error(f"there is no command `{words[0]}`{advice}")
-        arguments, unknown = parser.parse_known_args(words)
-        if unknown:
-            commands[arguments.command].refuse(unknown)
+        with mute_where_spare(os.environ):
+            arguments, unknown = parser.parse_known_args(words)
+            if unknown:
+                commands[arguments.command].refuse(unknown)
     except SystemExit as end:  # argparse's way to end after --help, --version and usage errors
         flush()
         return end.code if isinstance(end.code, int) else BAD_USAGE
+    if is_spare(os.environ, arguments.command):
+        return OK
     module = import_module(f"mapdsl.cli.{arguments.command}")
+    arguments.words = words
     try:
         status = int(module.run(arguments))
         flush()

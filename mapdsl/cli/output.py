@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -56,6 +56,12 @@ def complain(text: str) -> None:
 def say_json(value: Any) -> None:
     """Print a value as JSON; everything beyond ASCII is escaped."""
     _print(json.dumps(value, indent=2), sys.stdout)
+
+
+def say_event(value: Mapping[str, Any]) -> None:
+    """Print a value as JSON on one line, for a reader who waits for it."""
+    _print(json.dumps(value), sys.stdout)
+    flush()
 
 
 def paint(text: str, colour: str, stream: IO[str] | None = None) -> str:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from mapdsl.cli.convert import human
-from mapdsl.cli.inputs import FILE_HELP, add_config, params_of
-from mapdsl.cli.output import UsageError, escaped, paint, say, say_json
+from mapdsl.checkpoint.progress import human
+from mapdsl.cli.conversion_options import (
+    SOURCE_HELP,
+    add_conversion_options,
+    add_output_options,
+    conversion_options,
+    output_options,
+    usage_errors,
+)
+from mapdsl.cli.output import escaped, paint, say, say_json
 
 if TYPE_CHECKING:
     from mapdsl.checkpoint.planned import Planned
@@ -20,52 +26,29 @@ def add_parser(subparsers: Any) -> None:
         "plan",
         help="say what a conversion will read and write",
         description="Say what `mapdsl convert` with the same options will read and write, and what memory and disk it "
-        "needs; from headers alone, so that a listing will do. Whatever speaks against the conversion is an error, "
-        "a disk that is too small among it.",
+        "needs. Only headers are read, so a listing (`mapdsl snapshot`) will do. Whatever `convert` would refuse is an "
+        "error: tensors that are missing, unknown or of another size, a disk that is too small. Exit status: 0 where "
+        "the conversion can begin, 1 where it cannot, 2 for wrong options.",
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="SRC", help="a folder, an index, a weight file, or a listing")
+    parser.add_argument("source", metavar="SRC", help=f"{SOURCE_HELP}; or a listing")
     parser.add_argument(
-        "destination", metavar="DST", nargs="?", help="where the output is to be: is there room for it?"
+        "destination", metavar="DST", nargs="?", help="the folder to be made: is it free, has its disk room?"
     )
-    parser.add_argument("--map", metavar="MAP", required=True, help=FILE_HELP)
-    parser.add_argument("--to", metavar="SIDE", help="the side to go to; by default the one that SRC is not")
-    parser.add_argument("--dtype", choices=("bf16", "f32", "f16"), default="bf16", help="of what is decoded (bf16)")
-    parser.add_argument("--quantize", action="store_true", help="write the stored side in the map's formats")
-    add_config(parser)
-    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="500MB, 2GiB, or bytes (5GB)")
-    parser.add_argument("--no-complement", action="store_true", help="without mapdsl.complement")
-    parser.add_argument("--workers", metavar="N", type=int, help="units that are converted at once (one a core)")
+    add_conversion_options(parser)
+    add_output_options(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON, every unit in it")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan, and tell."""
-    from mapdsl.checkpoint.convert import size_in_bytes
-    from mapdsl.checkpoint.passes import OptionError
     from mapdsl.checkpoint.planned import plan_conversion
-    from mapdsl.runtime.codecs.formats import DTYPE_BY_NAME
 
-    if arguments.workers is not None and arguments.workers < 1:
-        raise UsageError("--workers is 1 or more")
-    try:
-        planned = plan_conversion(
-            arguments.source,
-            arguments.destination,
-            arguments.map,
-            to=arguments.to,
-            dtype=DTYPE_BY_NAME[arguments.dtype],
-            quantize=arguments.quantize,
-            params=params_of(arguments),
-            config=arguments.config,
-            max_shard_bytes=size_in_bytes(arguments.max_shard_size),
-            use_complement=not arguments.no_complement,
-            workers=arguments.workers,
-        )
-    except OptionError as problem:
-        raise UsageError(escaped(str(problem))) from None
+    options = conversion_options(arguments) | output_options(arguments)
+    with usage_errors():
+        planned = plan_conversion(arguments.source, arguments.destination, arguments.map, **options)
     if arguments.json:
-        say_json(dataclasses.asdict(planned) | {"source": str(planned.source)})
+        say_json(planned.as_json())
     else:
         for line in story(planned):
             say(line)
@@ -76,8 +59,8 @@ def story(planned: Planned) -> list[str]:
     """What a plan says, a line a fact."""
 
     def amount(tensors: int, size: int, files: int) -> str:
-        where = f" in {files:,} file{'s' * (files != 1)}" if files else ""  # a listing is of no files
-        return f"{tensors:,} tensors, {human(size)}{where}"
+        where = f" in {counted(files, 'file')}" if files else ""  # a listing is of no files
+        return f"{counted(tensors, 'tensor')}, {human(size)}{where}"
 
     lines = [paint(f"{planned.source_side} -> {planned.target_side}: {escaped(str(planned.source))}", "good")]
     lines.append(f"  read    {amount(planned.tensors_read, planned.bytes_read, planned.files_read)}")
@@ -85,13 +68,20 @@ def story(planned: Planned) -> list[str]:
     if planned.copied_tensors:
         lines.append(f"          {planned.copied_tensors:,} of them, {human(planned.copied_bytes)}, copied as they are")
     if planned.kept_bytes is not None:
-        lines.append(f"          mapdsl.complement, {human(planned.kept_bytes)} for the way back")
+        lines.append(f"          mapdsl.complement, at least {human(planned.kept_bytes)}, for the way back")
     if planned.dropped:
-        lines.append(f"  drop    {len(planned.dropped):,} tensors that the other side does not have")
-    largest = max(planned.units, key=lambda unit: unit.bytes_written)
-    made_of = f"{human(largest.bytes_written)}, {escaped(largest.output)} from {largest.sources:,} tensors"
-    lines.append(f"  units   {len(planned.units):,}, the largest {made_of}")
-    lines.append(f"  memory  {human(planned.held_bytes)} for outputs under way, of {planned.workers} workers")
-    free = "" if planned.free_bytes is None else f", {human(planned.free_bytes)} are free"
-    lines.append(f"  disk    {human(planned.needed_bytes)}{free}")
+        lines.append(f"  drop    {counted(len(planned.dropped), 'tensor')} that the other side does not have")
+    if planned.units:
+        largest = max(planned.units, key=lambda unit: unit.bytes_written)
+        made_of = f"{escaped(largest.output)} from {counted(largest.sources, 'tensor')}"
+        lines.append(f"  units   {len(planned.units):,}, the largest {human(largest.bytes_written)}: {made_of}")
+    workers = counted(planned.workers, "worker")
+    lines.append(f"  memory  {human(planned.held_bytes)} at most for tensors being made, {workers} at once")
+    free = "" if planned.free_bytes is None else f", {human(planned.free_bytes)} free"
+    lines.append(f"  disk    {human(planned.needed_bytes)} while it is written{free}")
     return lines
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 file`, `1,024 tensors`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"

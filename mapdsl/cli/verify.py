@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
-from mapdsl.cli.convert import human
+from mapdsl.checkpoint.progress import human
+from mapdsl.cli.conversion_options import (
+    SOURCE_HELP,
+    add_conversion_options,
+    add_report_options,
+    conversion_options,
+    usage_errors,
+)
 from mapdsl.cli.differences import SHOWN, difference_lines, listing_lines
-from mapdsl.cli.inputs import FILE_HELP, add_config, params_of
-from mapdsl.cli.output import UsageError, escaped, paint, say, say_json
+from mapdsl.cli.output import escaped, paint, say, say_json
 
 if TYPE_CHECKING:
     from mapdsl.checkpoint.verify import Verification
@@ -21,48 +26,34 @@ def add_parser(subparsers: Any) -> None:
         "verify",
         help="compare a checkpoint with what converting another one gives",
         description="Convert SRC again, and compare every byte with what DST holds instead of writing it. Give the "
-        "options that `mapdsl convert` was given. DST's mapdsl.complement is compared too. On the way back without "
-        "one, a DST that is quantised is decoded and held against SRC. The exit status is 0 where DST is the "
-        "conversion of SRC, 1 where anything differs.",
+        "options that `mapdsl convert` was given. DST's mapdsl.complement is compared too. To the left side, where SRC "
+        "has none and DST is quantised, DST is decoded and held against SRC. Neither is changed. Exit status: 0 where "
+        "DST is the conversion of SRC, 1 where anything differs and for errors, 2 for wrong options.",
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="SRC", help="a folder, an index or a weight file")
-    parser.add_argument("destination", metavar="DST", help="the same: what is said to be the conversion of SRC")
-    parser.add_argument("--map", metavar="MAP", required=True, help=FILE_HELP)
-    parser.add_argument("--to", metavar="SIDE", help="the side of DST; by default the one that SRC is not")
-    dtype = "what tensors were decoded to (bf16)"
-    parser.add_argument("--dtype", choices=("bf16", "f32", "f16"), help=dtype)
-    quantize = "DST was quantised by `mapdsl convert --quantize`"
-    parser.add_argument("--quantize", action="store_true", help=quantize)
-    add_config(parser)
-    parser.add_argument("--no-complement", action="store_true", help="take no notice of mapdsl.complement")
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    parser.add_argument("source", metavar="SRC", help=SOURCE_HELP)
+    destination = "what is said to be the conversion of SRC, of any of these kinds"
+    parser.add_argument("destination", metavar="DST", help=destination)
+    add_conversion_options(parser)
+    quiet = "print nothing but errors and what differs"
+    add_report_options(parser, quiet=quiet, json="print what was found as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify, and tell what was found; 1 if anything differs."""
-    from mapdsl.checkpoint.passes import OptionError
     from mapdsl.checkpoint.verify import verify
 
-    params = params_of(arguments)
-    try:
+    with usage_errors():
         found = verify(
             arguments.source,
             arguments.destination,
             arguments.map,
-            to=arguments.to,
-            dtype=arguments.dtype,
-            quantize=arguments.quantize,
-            params=params,
-            config=arguments.config,
-            use_complement=not arguments.no_complement,
-            progress=sys.stderr is not None and sys.stderr.isatty(),
+            **conversion_options(arguments),
+            progress=not arguments.quiet,
         )
-    except OptionError as problem:
-        raise UsageError(escaped(str(problem))) from None
     if arguments.json:
         say_json(found.as_json())
-    else:
+    elif not (arguments.quiet and found.holds):
         for line in story(found):
             say(line)
     return int(not found.holds)

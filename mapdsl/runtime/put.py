@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec
+from mapdsl.runtime.codecs.kept import Kept
 from mapdsl.runtime.codecs.strided import contiguous, contiguous_copy
 from mapdsl.runtime.complement import RAW, Alternatives, Complement, Entries, Raw
 from mapdsl.runtime.errors import ConversionError
-from mapdsl.runtime.stored_forms import AS_IS
+from mapdsl.runtime.stored_forms import AS_IS, MAX_KNOWN
 from mapdsl.runtime.take import Take
 from mapdsl.runtime.undecoded import Undecoded
 
 Sink = Callable[[str, Tensor], None]
+_Part = tuple[str, torch.dtype, torch.Size]
 
 
 class Put:
@@ -52,6 +54,8 @@ class Put:
         self._source = source
         self._own_device = device
         self._names: set[str] = set()
+        # Of tensors without data, by codec, dtype and shape: role, dtype and shape of each part.
+        self._encodings: dict[tuple[Codec, torch.dtype, torch.Size] | None, list[_Part]] = {}
 
     def __call__(self, name: str, tensor: Tensor | None, stored: Alternatives = AS_IS) -> None:
         """Put a tensor under a name; None (an absent tensor) puts nothing."""
@@ -68,18 +72,17 @@ class Put:
         self.decoded[name] = tensor.dtype
         entry = self.entries.get(name)
         kept = entry[1] if entry is not None and entry[0] == codec.name else None
-        encoded = codec.encode(name, tensor, kept)
-        if encoded.edited:
-            self.edited[name] = encoded.edited
-        for part, value in encoded.parts.items():
-            self._out(part, contiguous(value))  # a cast of a transposed view is transposed in memory too
+        for part, value in self._encoded(name, tensor, codec, kept):
+            self._out(part, value)
 
     def part(self, name: str, view: Tensor, stored: Alternatives = AS_IS) -> None:
         """Put a piece of a larger tensor: it gets memory of its own."""
         if isinstance(view, Undecoded):
             view = view.contiguous_clone()
         elif self.alternative(name, stored) is RAW:
-            view = contiguous_copy(view)
+            # Without data there is nothing to copy, and torch takes its time for that.
+            is_blank = view.is_meta and not view.requires_grad
+            view = torch.empty(view.shape, dtype=view.dtype, device="meta") if is_blank else contiguous_copy(view)
         self(name, view, stored)
 
     def carried(
@@ -127,6 +130,23 @@ class Put:
         entry = self.entries.get(name)
         found = entry[0] if entry is not None else self._source.last if self._source is not None else None
         return next((codec for codec in stored if codec.name == found), stored[0])
+
+    def _encoded(self, name: str, tensor: Tensor, codec: Codec, kept: Kept | None) -> Iterator[tuple[str, Tensor]]:
+        """The stored parts of a tensor. Without data, all of one shape and dtype have the same: that is looked up."""
+        form = (codec, tensor.dtype, tensor.shape) if tensor.is_meta and kept is None else None
+        if form in self._encodings:
+            names = codec.storage.part_names(name)
+            for role, dtype, shape in self._encodings[form]:
+                yield names[role], torch.empty(shape, dtype=dtype, device="meta")
+            return
+        encoded = codec.encode(name, tensor, kept)
+        if encoded.edited:
+            self.edited[name] = encoded.edited
+        elif form is not None and len(self._encodings) < MAX_KNOWN:
+            roles = {part: role for role, part in codec.storage.part_names(name).items()}
+            self._encodings[form] = [(roles[part], one.dtype, one.shape) for part, one in encoded.parts.items()]
+        for part, value in encoded.parts.items():
+            yield part, contiguous(value)  # a cast of a transposed view is transposed in memory too
 
     def _found_dtype(self, name: str, stored: Alternatives) -> torch.dtype | None:
         """The dtype that a constant was found in, if it was and is stored as it is; `Take.equal` notes it."""

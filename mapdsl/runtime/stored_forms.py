@@ -10,14 +10,21 @@ from torch import Tensor
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.formats import DTYPE_BY_SPELLING, FLOAT_DTYPES
 from mapdsl.runtime.codecs.likeness import likeliest
+from mapdsl.runtime.codecs.storage import RAW_STORAGE, Parts
 from mapdsl.runtime.complement import RAW, Alternatives, Raw
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.state_names import StateNames
-from mapdsl.runtime.watched import WatchedState
+from mapdsl.runtime.watched import Form, WatchedState
 
 AS_IS: Alternatives = (RAW,)
 NOT_AT_ALL: Alternatives = ()
 _SPELLINGS = {dtype: spelling for spelling, dtype in DTYPE_BY_SPELLING.items()}
+
+# How many kinds of tensors without data are told apart; what comes then is looked at closely, each by itself.
+MAX_KNOWN = 10_000
+
+# Alternatives of a tensor, and the form of each part that it may have (None: not there), in the order of `Parts`.
+Found = tuple[Alternatives, tuple["Form | None", ...]]
 
 
 class StoredForms(StateNames):
@@ -29,6 +36,11 @@ class StoredForms(StateNames):
         self._watched = tensors if isinstance(tensors, WatchedState) else None
         self._device = None if self._watched is None else self._watched.device
         self._alternatives: dict[str, Codec | Raw] = {}  # of the group at hand
+        self._found: dict[str, Found] = {}  # those of them that have no data
+        self._named: dict[str, list[str]] = {}  # the names of all parts that they may have
+        self._touched: set[str] = set()  # what it has looked at
+        self._parts: dict[Alternatives, Parts] = {}
+        self._recognitions: dict[Found, Codec | Raw] = {}
 
     @property
     def device(self) -> torch.device | None:
@@ -37,7 +49,8 @@ class StoredForms(StateNames):
 
     def _begin(self) -> None:
         """A group of tensors is to be asked for."""
-        self._alternatives = {}
+        self._alternatives, self._found, self._named = {}, {}, {}
+        self._touched.clear()
         if self._watched is not None:
             self._watched.begin()
 
@@ -51,9 +64,53 @@ class StoredForms(StateNames):
         """The alternative that a stored tensor is in, by the companions beside it, and the dtypes and shapes of all."""
         if stored is AS_IS:
             return RAW
-        if name not in self._alternatives:
-            self._alternatives[name] = self._recognised(name, stored)
-        return self._alternatives[name]
+        codec = self._alternatives.get(name)
+        if codec is None:
+            codec = self._alternatives[name] = self._looked_up(name, stored)
+        return codec
+
+    def _looked_up(self, name: str, stored: Alternatives) -> Codec | Raw:
+        """The alternative of a tensor; of those without data, the one that another of the same forms had."""
+        found = self._forms(name, stored)
+        if found is None:
+            return self._recognised(name, stored)
+        codec = self._recognitions.get(found)
+        if codec is None:
+            codec = self._recognised(name, stored)
+            # Where a part is there that this alternative does not have, more groups than this one may look at it.
+            own = {name} if isinstance(codec, Raw) else {*codec.names(name)}
+            there = {part for part, form in zip(self._named[name], found[1], strict=True) if form is not None}
+            if not there <= own or len(self._recognitions) >= MAX_KNOWN:
+                return codec
+            self._recognitions[found] = codec
+        self._found[name] = found
+        return codec
+
+    def _forms(self, name: str, stored: Alternatives) -> Found | None:
+        """The forms of all parts of a tensor, where its state says them: it has no data."""
+        if self._watched is None:
+            return None
+        named = self._names_of_parts(name, stored)
+        for payload in named[: len(self._parts[stored].payloads)]:
+            if payload in self:
+                self._touch(payload)
+        forms: list[Form | None] = []
+        for part in named:
+            form = None
+            if part in self and (form := self._watched.form(self._spelled.get(part, part))) is None:
+                return None
+            forms.append(form)
+        return stored, tuple(forms)
+
+    def _names_of_parts(self, name: str, stored: Alternatives) -> list[str]:
+        """The names of all parts that a tensor of the group at hand may have, in the order of `Parts`."""
+        named = self._named.get(name)
+        if named is None:
+            if stored not in self._parts:
+                formats = (one.storage if isinstance(one, Codec) else RAW_STORAGE for one in stored)
+                self._parts[stored] = Parts.of(formats)
+            named = self._named[name] = self._parts[stored].names(name)
+        return named
 
     def _recognised(self, name: str, stored: Alternatives) -> Codec | Raw:
         payloads = {c.payload(name) for c in stored if isinstance(c, Codec)} | ({name} if RAW in stored else set())
@@ -91,18 +148,23 @@ class StoredForms(StateNames):
         """Whether a tensor is in one of the codecs, told by the companions beside it where that is enough."""
         if RAW not in stored or stored is AS_IS:
             return stored is not AS_IS
-        beside = [codec.companions(name).values() for codec in stored if isinstance(codec, Codec)]
-        if all(beside):
-            return any(companion in self for companions in beside for companion in companions)
+        named, parts = self._names_of_parts(name, stored), self._parts[stored]
+        if parts.all_have_companions:
+            return any(companion in self for companion in named[len(parts.payloads) :])
         return self._alternative(name, stored) is not RAW
 
     def _elsewhere(self, name: str, stored: Alternatives) -> bool:
         """Whether a codec keeps the payload under another name, and that is there."""
         return any(isinstance(c, Codec) and c.payload(name) != name and c.payload(name) in self for c in stored)
 
-    def _peek(self, name: str) -> Tensor:
-        if self._watched is not None:
+    def _touch(self, name: str) -> None:
+        """The group at hand looks at a tensor: its state is told, once."""
+        if self._watched is not None and name not in self._touched:
+            self._touched.add(name)
             self._watched.touch(self._spelled.get(name, name))
+
+    def _peek(self, name: str) -> Tensor:
+        self._touch(name)
         if name not in self._fetched:
             self._left.pop(name, None)
             tensor = self.tensors[self._spelled.get(name, name)]

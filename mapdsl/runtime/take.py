@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import islice
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec
-from mapdsl.runtime.codecs.values import Cast
-from mapdsl.runtime.complement import RAW, Alternatives, Complement, Entries, Raw
+from mapdsl.runtime.complement import RAW, Alternatives, Raw
 from mapdsl.runtime.errors import ConversionError
-from mapdsl.runtime.fitting import Pattern, compare, fitted, fitted_together, place, reshaped, same_bytes, window
-from mapdsl.runtime.sizes import Sized
-from mapdsl.runtime.stored_forms import AS_IS, NOT_AT_ALL, StoredForms
+from mapdsl.runtime.fitting import Pattern, compare, fitted, place, reshaped, same_bytes, window
+from mapdsl.runtime.group import GroupAtHand
+from mapdsl.runtime.stored_forms import AS_IS, NOT_AT_ALL
 from mapdsl.runtime.undecoded import Undecoded
 
 # The names of one operand of a rule, the pattern of their shape, and how they are stored (as they are, if not said).
 Names = str | Iterable[str]
 Operand = tuple[Names, str] | tuple[Names, str, Alternatives]
 
-# A state with fewer tensors than this asks for no more groups that are not there: the config is out of its mind.
-MAX_ABSENT = 10_000_000
 
-
-class Member(NamedTuple):
-    """What is known of a tensor of the group at hand.
-
-    `first` is the first name of its operand, `into` how the other side stores it, `moved` the codec that it is moved
-    in, undecoded.
-    """
-
-    first: str
-    stored: Alternatives
-    shape: Pattern | None
-    sizes: Mapping[str, int]
-    into: Alternatives
-    moved: Codec | None = None
-
-
-class Take(StoredForms):
+class Take(GroupAtHand):
     """The tensors of one side, handed out once each.
 
     `tensors` may be lazy: each of its values is asked for once. A tensor that is stored in one of several formats comes
@@ -50,32 +31,6 @@ class Take(StoredForms):
     may be stored as it is on the other side is decoded even where both sides share its codec. `decoded` are, by name,
     dtypes to decode to in the place of `dtype`.
     """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        *,
-        dtype: torch.dtype = torch.bfloat16,
-        partial: bool = False,
-        quantization: bool = True,
-        entries: Entries | None = None,
-        spelled: dict[str, str] | None = None,
-        decoded: Mapping[str, torch.dtype] | None = None,
-    ) -> None:
-        super().__init__(tensors, spelled)
-        self.dtype = dtype
-        self.partial = partial
-        self.quantization = quantization
-        self.entries = entries if entries is not None else Complement().entries
-        self.decoded = decoded if decoded is not None else {}
-        self._taken: set[str] = set()
-        self._members: dict[str, Member] = {}
-        self._firsts: list[str] = []
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._mixed = False
-        self._plain_dtype: torch.dtype | None = None
-        self._absent = 0
-        self._last: str | None = None
 
     # --- single tensors ---
 
@@ -153,17 +108,8 @@ class Take(StoredForms):
             if member.stored is not AS_IS:
                 self.entries[name] = (codec.name, None)
         else:
-            parts = {part: self._take(part) for part in codec.names(name)}
-            dtype = self._decoded_dtype(name, codec)
-            tensor = codec.decode(name, parts, dtype, out=out)
-            self.entries[name] = (codec.name, codec.keep(name, parts, dtype))
-        self._shapes[name] = tuple(tensor.shape)
-        if member.shape is not None:
-            self._fit(name, member, self._shapes[name])
-        expected = self._shapes.get(member.first)
-        if expected is not None and expected != self._shapes[name]:
-            found = f"expected {list(expected)} as in the rest of its group, found {list(tensor.shape)}"
-            raise ConversionError("R606", f"{name}: {found}")
+            tensor = self._decoded(name, codec, out)
+        self._check_shape(name, member, tuple(tensor.shape))
         return tensor
 
     def into(self, view: Tensor, name: str, *, copy: bool = False) -> None:
@@ -173,8 +119,7 @@ class Take(StoredForms):
         """
         codec = self._alternative(name, self._members[name].stored)
         if not (copy or isinstance(codec, Raw) or self._members[name].moved):
-            payload = self._peek(codec.payload(name))
-            out = window(view, self._shape(name), self._decoded_dtype(name, codec), payload.device)
+            out = window(view, *self._outline(name, codec))
             if out is not None:
                 self.part(name, out)
                 return
@@ -274,126 +219,3 @@ class Take(StoredForms):
             shown = ", ".join(self._spelled.get(name, name) for name in islice(left, 5))
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""
             raise ConversionError("R603", f"no rule reads {shown}{more}")
-
-    # --- within ---
-
-    def _gather(
-        self,
-        operands: list[tuple[list[str], Pattern | None, Alternatives]],
-        optional: bool,
-        into: Alternatives,
-        sizes: Mapping[str, int],
-    ) -> bool:
-        """Note the members of a group, and see whether it is there.
-
-        A group may be absent whole where that is said, and where its tensors have no elements: no expert, no name.
-        """
-        self._members = {
-            name: Member(names[0], stored, shape, sizes, into) for names, shape, stored in operands for name in names
-        }
-        self._begin()
-        self._shapes = {}
-        self._last = None
-        self._firsts = [names[0] for names, _, _ in operands if names]
-        members = self._members
-        missing = [name for name, of in members.items() if name not in self and not self._elsewhere(name, of.stored)]
-        if not missing:
-            self._look_for_plain()
-            self._move_undecoded(into)
-            return bool(members)
-        shapes = [shape for _, shape, _ in operands if isinstance(shape, tuple)]
-        is_empty = any(0 in shape for shape in shapes) or min(sizes.values(), default=1) <= 0
-        if len(missing) < len(members) or not (optional or self.partial or is_empty):
-            self._refuse_incomplete(missing, len(members))
-        self._count_absent()
-        return False
-
-    def _count_absent(self) -> None:
-        self._absent += 1
-        if self._absent > MAX_ABSENT:
-            message = (
-                f"more than {MAX_ABSENT:,} groups of tensors are not there: the config cannot be that of the state"
-            )
-            raise ConversionError("C505", message)
-
-    def _refuse_incomplete(self, missing: list[str], count: int) -> None:
-        for name in missing:
-            if name in self._taken:
-                raise ConversionError("R604", f"{name} is asked for twice")
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        whole = f"{len(missing)} of {count} tensors of a group are missing: {shown}"
-        raise ConversionError("R605", f"{shown} is missing" if count == 1 else whole)
-
-    def _look_for_plain(self) -> None:
-        """In a group of which some are stored as they are, what is decoded takes their dtype: all are to be joined."""
-        plain = [name for name, member in self._members.items() if not self._is_coded(name, member.stored)]
-        self._mixed = 0 < len(plain) < len(self._members)
-        self._plain_dtype = None
-        if self._mixed:
-            self._alternative(plain[0], self._members[plain[0]].stored)  # it may lack a companion
-            self._plain_dtype = self._peek(plain[0]).dtype
-
-    def _move_undecoded(self, into: Alternatives) -> None:
-        """Members of one codec, which the other side has too, are moved in their stored form.
-
-        The other side stores the group as one, so members of several formats are decoded, for it to store as they are.
-        """
-        if all(codec is RAW or isinstance(codec, Cast) for codec in into) or (not self.quantization and RAW in into):
-            return
-        found = {name: self._alternative(name, member.stored) for name, member in self._members.items()}
-        formats = dict.fromkeys(found.values())
-        self._mixed = len(formats) > 1
-        shared = [codec for codec in formats if isinstance(codec, Codec) and codec in into]
-        if self._mixed and shared and RAW not in into:
-            one, other = (next(name for name, codec in found.items() if codec is wanted) for wanted in [*formats][:2])
-            message = (
-                f"{one} is stored as {found[one].name}, {other} of the same group as {found[other].name}; the other "
-                f"side stores them as one, as {' or '.join(codec.name for codec in into)}: "
-                "with `raw` among its formats in the map it could take them decoded"
-            )
-            raise ConversionError("R606", message)
-        if shared and not self._mixed:
-            self._members = {name: member._replace(moved=shared[0]) for name, member in self._members.items()}
-
-    def _decoded_dtype(self, name: str, codec: Codec) -> torch.dtype:
-        """The dtype to decode to: that of what it is joined with, or the one that the other side states or had."""
-        if self._plain_dtype is not None:
-            return self._plain_dtype
-        into = self._members[name].into
-        if RAW not in into or self.quantization:
-            target = next((other for other in into if other.name == codec.name), into[0] if into else None)
-            if isinstance(target, Cast):
-                return target.dtype
-        return self.decoded.get(name, self.dtype)
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, once decoded, without taking it."""
-        if name in self._shapes:
-            return self._shapes[name]
-        codec = self._alternative(name, self._members[name].stored)
-        if isinstance(codec, Raw):
-            return tuple(self._peek(name).shape)
-        return codec.logical_shape(tuple(self._peek(codec.payload(name)).shape))
-
-    def _joint_sizes(self) -> dict[str, int]:
-        """The sizes of all axes of the group, which may take several of its tensors to tell."""
-        tensors = [Sized(name, str(self._members[name].shape), self._shape(name)) for name in self._firsts]
-        return fitted_together(tensors, self._members[self._firsts[0]].sizes)
-
-    def _fit(self, name: str, member: Member, shape: tuple[int, ...]) -> None:
-        """Hold a tensor's shape against its pattern."""
-        try:
-            fitted(name, member.shape or (), shape, member.sizes)
-        except ConversionError as problem:
-            if problem.code != "X304" or len(self._firsts) == 1:
-                raise
-            fitted(name, member.shape or (), shape, self._joint_sizes())
-
-    def _take(self, name: str) -> Tensor:
-        if name not in self:
-            kind = "R604" if name in self._taken else "R605"
-            raise ConversionError(kind, f"{name} is {'asked for twice' if kind == 'R604' else 'missing'}")
-        tensor = self._peek(name)
-        del self._fetched[name]
-        self._taken.add(name)
-        return tensor

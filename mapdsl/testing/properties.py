@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapdsl.checkpoint.against import has_answers
+from mapdsl.checkpoint.answers import has_answers
 from mapdsl.checkpoint.dtypes import DTYPE_NAMES
 from mapdsl.compiler.expand import Key
 from mapdsl.emit.expressions import attribute

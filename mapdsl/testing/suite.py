@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapdsl.checkpoint.against import has_answers
+from mapdsl.checkpoint.answers import has_answers
 from mapdsl.compiler.check import Checked, check
 from mapdsl.compiler.expand import Expansion
 from mapdsl.compiler.fields import Fields, fields_of

@@ -200,7 +200,7 @@ class Codec(ABC):
         if tuple(out.shape) != tuple(shape) or out.device != device:
             found, expected = f"{list(out.shape)} on {out.device}", f"{list(shape)} on {device}"
             raise ConversionError("R606", f"{self.payload(key)}: `out` is {found}, the tensor {expected}")
-        if any(size > 1 and step == 0 for size, step in zip(out.shape, out.stride(), strict=True)):
+        if 0 in out.stride() and any(size > 1 and not step for size, step in zip(out.shape, out.stride(), strict=True)):
             raise ConversionError("R606", f"{self.payload(key)}: `out` has one place for several elements")
         return out
 

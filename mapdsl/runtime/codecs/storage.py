@@ -5,8 +5,10 @@ The compiler checks maps with these, the runtime plans, checks and slices with t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 # The language's words for dtypes, and safetensors' spelling of each.
 DTYPES = {
@@ -135,6 +137,8 @@ class Storage:
         """Which part of each stored tensor holds a slice of a logical tensor; no more than needed to decode it."""
         return {"payload": box}
 
+
+RAW_STORAGE = Storage("raw", "raw")
 
 # Bits of a value, stored dtype of the payload, of each element that a block-scaled format may have.
 ELEMENT_BITS = {"f8e4m3": 8, "f8e5m2": 8, "f4e2m1": 4, "i8": 8, "i4": 4, "same": 0}
@@ -270,11 +274,37 @@ class BlockStorage(Storage):
         return (*box[:-1], covered(box[-1], self.per))
 
 
+class Parts(NamedTuple):
+    """Templates of the names of all parts that a tensor of several possible formats may have: payloads come first."""
+
+    payloads: tuple[str, ...]
+    companions: tuple[str, ...]
+    all_have_companions: bool
+
+    @classmethod
+    def of(cls, formats: Iterable[Storage]) -> Parts:
+        """Of formats, in their order; `raw` counts for none that could have companions."""
+        listed = list(formats)
+        payloads = dict.fromkeys(one.payload for one in listed)
+        companions = dict.fromkeys(template for one in listed for template in one.companions)
+        told = all(one.companions for one in listed if one.kind != "raw")
+        return cls(tuple(payloads), tuple(companions), told)
+
+    def names(self, key: str) -> list[str]:
+        """The names of all parts of a tensor, payloads first."""
+        stem, dot, _ = key.rpartition(".")
+        return [_filled(template, key, stem, dot) for template in (*self.payloads, *self.companions)]
+
+
 def fill_template(template: str, key: str) -> str:
     """A stored name: `{key}` is the tensor's, `{stem}` that without its last segment; no dot follows an empty stem."""
+    stem, dot, _ = key.rpartition(".")
+    return _filled(template, key, stem, dot)
+
+
+def _filled(template: str, key: str, stem: str, dot: str) -> str:
     if template == "{key}":
         return key
-    stem, dot, _ = key.rpartition(".")
     if not dot:
         template = template.replace("{stem}.", "{stem}")
     return template.replace("{stem}", stem).replace("{key}", key)
