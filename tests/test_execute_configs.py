@@ -79,8 +79,8 @@ def test_absurd_sizes_end_soon() -> None:
 
 
 def test_endless_loops_over_absent_tensors_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mapdsl.runtime.name_list as name_list
     import mapdsl.runtime.group as group
+    import mapdsl.runtime.name_list as name_list
 
     monkeypatch.setattr(group, "MAX_ABSENT", 1000)
     monkeypatch.setattr(name_list, "MAX_NAMES", 1000)
