@@ -35,7 +35,7 @@ Row = tuple[str, list[Cost]]
 
 
 class Way(NamedTuple):
-    """A way of doing a job: a function of `convert_peers` and its arguments; the last one of two is the reference."""
+    """A way of doing a job: a function of `convert_peers` and its arguments. The first one is ours."""
 
     name: str
     function: str
@@ -70,6 +70,7 @@ def jobs(folder: Path, layers: list[int], workers: int) -> Iterator[tuple[str, l
         write_deepseek(hf, count)
         cost("convert_peers", "mapdsl", hf, native, "deepseek_v4", workers)
         there = [Way("mapdsl", "mapdsl", (hf, out, "deepseek_v4", workers))]
+        there.append(Way("read and written", "read_and_written", (hf, out, size(native) * MB)))
         if importlib.util.find_spec("nemo_automodel") is not None:
             there.append(Way("NeMo Automodel", "nemo_automodel", (hf, out)))
         yield f"{size(hf):,} MB FP4, FP8 -> {size(native):,} MB bf16", there
@@ -93,18 +94,16 @@ def run(ways: list[Way], out: Path, repeat: int) -> list[Row]:
 
 
 def report(job: str, rows: list[Row]) -> None:
-    """A line for each way, and how long ours takes in times of the reference."""
+    """A line for each way; behind the times of others, how many times as long ours takes."""
+    (_, ours), *_ = rows
     for name, costs in rows:
-        times = [
-            f"{statistics.median(getattr(cost, kind) for cost in costs):.2f}" for kind in ("wall", "user", "system")
-        ]
-        memory = [f"{max(getattr(cost, kind) for cost in costs) // MB:,}" for kind in ("anonymous", "resident")]
-        print(f"| {job} | {name} | " + " | ".join([*times, *memory]) + " |", flush=True)
-    if len(rows) > 1:
-        for kind in ("wall", "user"):
-            ours, theirs = (statistics.median(getattr(cost, kind) for cost in costs) for _, costs in rows)
-            if theirs > _WORTH_COMPARING:
-                print(f"| | {kind}: mapdsl takes {ours / theirs:.2f} times as long | | | | | |", flush=True)
+        cells = []
+        for kind in ("wall", "user", "system"):
+            mine, theirs = (statistics.median(getattr(cost, kind) for cost in some) for some in (ours, costs))
+            is_other = costs is not ours and kind != "system" and theirs > _WORTH_COMPARING
+            cells.append(f"{theirs:.2f} (x {mine / theirs:.2f})" if is_other else f"{theirs:.2f}")
+        cells += [f"{max(getattr(cost, kind) for cost in costs) // MB:,}" for kind in ("anonymous", "resident")]
+        print(f"| {job} | {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def size(folder: Path) -> int:

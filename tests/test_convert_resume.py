@@ -207,6 +207,7 @@ def test_an_interrupt_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(Journal, "add", stopping(3, KeyboardInterrupt()))
+    monkeypatch.setattr(sys, "argv", ["mapdsl"])
     words = ["convert", str(folders[0]), str(tmp_path / "out"), "--map", "deepseek_v4"]
     assert main(words) == 130
     command = f"mapdsl {' '.join(words)} --resume"

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conversions import write_state
 
-from mapdsl.checkpoint import window
+import mapdsl
+from mapdsl.checkpoint import engine, window
 from mapdsl.checkpoint.checkpoint import open_checkpoint
 from mapdsl.checkpoint.window import Window
 
@@ -80,3 +81,28 @@ def test_it_notes_what_was_asked_for(folder):
     assert "t4" in state
     assert list(state.asked) == ["t3"]
     assert list(state.meta().asked) == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_a_stack_does_not_stay_in_memory_while_it_is_filled(tmp_path, monkeypatch):
+    """Nor, on the way back, while it is read: neither is let go of by being asked for another tensor."""
+    monkeypatch.setattr(engine, "PASSED_BYTES", 2 * BYTES)
+    monkeypatch.setattr(window, "WINDOW_BYTES", 100 * BYTES)
+    rules = tmp_path / "stack.map"
+    rules.write_text("map stack: apart <-> stacked\n\nparam E = experts\n\nindex e < E\n\nx.{e} [r] <-> x [e r]\n")
+    state = {f"x.{e}": torch.randn(BYTES // 4) for e in range(COUNT)}
+    write_state(tmp_path / "apart", state, {"experts": COUNT})
+    stacks = [tmp_path / folder / "model.safetensors" for folder in (".stacked.partial", "stacked")]
+    highest = dict.fromkeys(stacks, 0)
+    passed = engine._Worker._passed
+
+    def watched(self, nbytes):
+        highest.update((stack, max(before, resident(stack))) for stack, before in list(highest.items()))
+        passed(self, nbytes)
+
+    monkeypatch.setattr(engine._Worker, "_passed", watched)
+    for source, destination in (("apart", "stacked"), ("stacked", "back")):
+        mapdsl.convert(tmp_path / source, tmp_path / destination, rules)
+    assert all(0 < most < 6 * BYTES for most in highest.values())
+    first, last = (tmp_path / folder / "model.safetensors" for folder in ("apart", "back"))
+    assert first.read_bytes() == last.read_bytes()

@@ -22,11 +22,13 @@ from mapdsl.checkpoint.journal import JournalFile
 from mapdsl.checkpoint.memory import Budget, held_bytes
 from mapdsl.checkpoint.passes import Plan, another_adapter, run_plan
 from mapdsl.checkpoint.progress import Meter, UnitProgress
+from mapdsl.checkpoint.rawbytes import release_pages
 from mapdsl.checkpoint.sidecar import Entry, SideFile, SideWriter
 from mapdsl.checkpoint.units import Allocation
 from mapdsl.checkpoint.window import WorkingWindow
 from mapdsl.runtime.codecs.kernels import work_alone
 
+PASSED_BYTES = 2**24  # of one side; the other may be four times as large
 SMALL_BYTES = 2**26  # of output: less is done before a second worker has come so far
 
 
@@ -112,7 +114,7 @@ class Writer(Protocol):
         """Take a tensor whose bytes lie in a file from an offset on."""
 
     def view(self, name: str) -> Tensor | None:
-        """Memory to fill with a tensor, if there is any."""
+        """Memory to fill with a tensor, if there is any: a shared map of a file."""
 
     def viewed(self, name: str, tensor: Tensor) -> None:
         """Such memory is filled."""
@@ -204,6 +206,7 @@ class _Worker:
         self._open: dict[int, _Open] = {}
         self._noted: set[str] = set()  # of what was edited
         self._at_work: int | None = None  # the unit of this worker whose memory is taken
+        self._passed_bytes = 0
         self.window = WorkingWindow(
             run.plan.request.checkpoint,
             self._asks,
@@ -240,7 +243,17 @@ class _Worker:
             return False
         if unit in self._open:
             self._open[unit].progress.read(name)
+        self._passed(self.run.plan.request.checkpoint.tensors[name].nbytes)
         return True
+
+    def _passed(self, nbytes: int) -> None:
+        """So many bytes were read, or written: every so often, let go of pages, those of large stacks under way too."""
+        self._passed_bytes += nbytes
+        if self._passed_bytes >= PASSED_BYTES:
+            self._passed_bytes = 0
+            self.window.release_recent()
+            for place in self._places.values():
+                release_pages(place)
 
     def _progress_of(self, sources: Iterable[str], outputs: Iterable[str]) -> UnitProgress:
         plan = self.run.plan
@@ -320,6 +333,7 @@ class _Worker:
             writer.write(target, tensor)
         if unit is not None:
             self._open[unit].outputs.discard(name)
+        self._passed(tensor.nbytes)
 
     def _read_back(self, name: str) -> Tensor:
         plan = self.run.plan

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +12,7 @@ import torch
 STRIP_BYTES = 16 * 2**20
 """How much of a strided tensor, or of one on a device, is made contiguous at a time."""
 
+_ADVISE_DONT_NEED = 4  # of Linux, where it also drops pages of private maps; `ctypes` knows no name for it
 _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -19,6 +22,20 @@ def buffer(tensor: torch.Tensor) -> memoryview:
         return memoryview(b"")
     array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
     return memoryview(array).cast("B")
+
+
+def release_pages(tensor: torch.Tensor) -> None:
+    """Let the pages of a tensor that is mapped from a file leave this process; it stays good, and is read again.
+
+    What was written into a private map is lost, into a shared one kept. Only where the system has such a call.
+    """
+    if not sys.platform.startswith("linux") or not tensor.numel():
+        return
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE  # neighbours on shared pages are read again, too
+    end = tensor.data_ptr() + reach * tensor.itemsize
+    call = ctypes.CDLL(None).madvise
+    call(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(_ADVISE_DONT_NEED))
 
 
 def strips(tensor: torch.Tensor, limit: int = STRIP_BYTES) -> Iterator[torch.Tensor]:

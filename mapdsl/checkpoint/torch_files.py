@@ -6,8 +6,6 @@ whole into memory.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import pickle
 import sys
 import zipfile
@@ -21,10 +19,10 @@ from mapdsl.checkpoint.dcp_metadata import WRAPPERS
 from mapdsl.checkpoint.dtypes import dtype_name, stored_shape
 from mapdsl.checkpoint.files import bad_file, file_size
 from mapdsl.checkpoint.headers import StoredTensor, checked_size
+from mapdsl.checkpoint.rawbytes import release_pages
 from mapdsl.language.diagnostics import MapError
 
 _MAX_DEPTH = 32
-_ADVISE_DONT_NEED = 4  # of Linux, where it also drops pages of private maps; `ctypes` knows no name for it
 
 
 def read_torch_headers(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
@@ -56,14 +54,8 @@ class MappedFile:
 
     def release(self, name: str) -> None:
         """Let the pages of a tensor leave this process; they are read from the file again when they are used."""
-        tensor = self.tensors[name]
-        if not self._is_clean or not sys.platform.startswith("linux") or not tensor.numel():
-            return
-        reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        end = tensor.data_ptr() + reach * tensor.itemsize
-        call = ctypes.CDLL(None).madvise
-        call(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(_ADVISE_DONT_NEED))
+        if self._is_clean:
+            release_pages(self.tensors[name])
 
 
 def _load(path: Path, device: str) -> Any:

@@ -28,6 +28,11 @@ class Window(LazyState):
         self._recent: deque[str] = deque()
         self._recent_bytes = 0
 
+    def release_recent(self) -> None:
+        """Let go of the pages of the last ones too: of a tensor larger than memory, of which a part has been used."""
+        for name in self._recent:
+            self.release(name)
+
     def meta(self) -> Window:
         """The same names with meta tensors, noted by themselves."""
         return Window(self.checkpoint, device="meta")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -104,12 +104,13 @@ class BlockKernel:
         """
         found: dict[Tile, Tensor] = {}
         left = [as_many_as_all(codes)]
+        is_certain = self._reproducer()
 
         def work(tile: Tile) -> None:
             if left[0] <= 0:
                 return
-            mine, factors = tile.cut(codes), _over(self.factors.of(tile))
-            if not self.element.reproduces(mine, factors, self.dtype):
+            mine = tile.cut(codes)
+            if not is_certain(tile, mine):
                 again = self._write_values(tile, self._read(tile, codes), torch.empty_like(tile.flat(codes)))
                 wrong = as_bits(again).view(mine.shape) != as_bits(mine)
                 if wrong.any():
@@ -159,6 +160,14 @@ class BlockKernel:
         else:
             words.copy_(table.index_select(0, index.view(-1)).view(words.shape))
         return out
+
+    def _reproducer(self) -> Callable[[Tile, Tensor], bool]:
+        """Whether it is certain, without trying, that the codes of a tile survive decoding and encoding again."""
+        element, extremes = self.element, self.factors.extremes()
+        if isinstance(element, TableElement) and extremes is not None and element.are_harmless(extremes, self.dtype):
+            # One look at all scales has saved one at those of each tile.
+            return lambda tile, codes: not element.holds_unwritten(codes)
+        return lambda tile, codes: element.reproduces(codes, _over(self.factors.of(tile)), self.dtype)
 
     def _read_transposed(self, tile: Tile, codes: Tensor, out: Tensor) -> bool:
         """Decode a tile to `out`, `[columns * per, rows]`, in one go; False where that is not possible."""

@@ -99,7 +99,11 @@ class TableElement(Element):
         return codes.view(stored)
 
     def reproduces(self, codes: Tensor, factors: Tensor, dtype: torch.dtype) -> bool:
-        """Scales in a range, and no code but those that are written.
+        """Scales in a range, and no code but those that are written."""
+        return self.are_harmless(factors, dtype) and not self.holds_unwritten(codes)
+
+    def are_harmless(self, factors: Tensor, dtype: torch.dtype) -> bool:
+        """Whether any code that is written survives decoding to `dtype` under these scales.
 
         The range: products normal in float32, finite in `dtype`, and two of its denormal steps or more. Then a decoded
         value is off by 2**-8 of itself at most (bf16 rounds twice: 2**-9 and 2**-24) and a quarter of the distance to
@@ -110,7 +114,7 @@ class TableElement(Element):
         limits, single = torch.finfo(dtype), torch.finfo(torch.float32)
         low = max(2 * limits.tiny * limits.eps, single.tiny) / self.smallest
         safe = (sizes >= low) & (sizes <= min(limits.max, single.max) / self.largest)
-        return bool(safe.all()) and not self.holds_unwritten(codes)
+        return bool(safe.all())
 
     def holds_unwritten(self, codes: Tensor) -> bool:
         """Whether there are codes that encoding would never write."""

@@ -81,6 +81,12 @@ class BlockFactors:
         """The factors that a tile's blocks would have with these stored scales."""
         return self._made(scale_values(scale), self.whole(tile))
 
+    def extremes(self) -> Tensor | None:
+        """The smallest and the largest factor, float32 `[2]`, where they can be told from bytes, and there are any."""
+        if not self.are_powers or not self.scale.numel():
+            return None
+        return scale_values(torch.stack(torch.aminmax(self.scale.view(torch.uint8))))
+
     def at(self, blocks: Tensor) -> Tensor:
         """The factors of blocks at flat places of the grid, float32 `[n]`."""
         whole = None if self._whole is None else self._whole.view(-1)[blocks // self.scale.shape[-1]]
