@@ -17,6 +17,7 @@ from mapdsl.checkpoint.checkpoint import open_checkpoint
 from mapdsl.checkpoint.dtypes import torch_dtype
 from mapdsl.checkpoint.listing import read_listing
 from mapdsl.compiler.expand import expand, param_values
+from mapdsl.compiler.sharding import Sharding
 from mapdsl.explain.pages import Block
 
 
@@ -52,7 +53,11 @@ def _run(blocks: list[Block], folder: Path, found: set[str]) -> None:
             diagnostics, _ = check_against(checked, open_checkpoint(folder / "example.list"))
             found |= {diagnostic.code for diagnostic in diagnostics}
         elif block.kind == "ranks":
-            raise NotImplementedError("maps are not cut over ranks yet")
+            counts = (line.split(" = ") for line in block.text.splitlines())
+            sharding = Sharding(
+                expand(checked, param_values(checked, config, {})), {name: int(count) for name, count in counts}
+            )
+            found |= {diagnostic.code for diagnostic in sharding.problems()}
         elif block.kind == "python":
             with _inside(folder):
                 exec(block.text, {})

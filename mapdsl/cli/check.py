@@ -7,8 +7,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mapdsl.cli.inputs import FILE_HELP, add_config, params_of, read_config
-from mapdsl.cli.output import escaped, paint, rendered, say, say_json
+from mapdsl.cli.inputs import FILE_HELP, add_config, params_of, rank_count, read_config
+from mapdsl.cli.output import UsageError, escaped, paint, rendered, say, say_json
 
 if TYPE_CHECKING:
     from mapdsl.checkpoint.checkpoint import Checkpoint
@@ -29,6 +29,9 @@ def add_parser(subparsers: Any) -> None:
     add_config(parser)
     against = "a checkpoint of the stored side: a folder, an index, a weight file, or a listing (`mapdsl snapshot`)"
     parser.add_argument("--against", metavar="CKPT", help=against)
+    ranks = "so many ranks of a mesh, under a config: does every axis divide over them, and is every block of a format "
+    ranks += "left whole? Once for each mesh"
+    parser.add_argument("--ranks", metavar="MESH=N", type=rank_count, action="append", default=[], help=ranks)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -50,7 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Check every file; 1 if one of them has an error."""
     from mapdsl.language.diagnostics import MapError
 
-    params = params_of(arguments)
+    params, ranks = params_of(arguments), dict(arguments.ranks)
+    if len(ranks) < len(arguments.ranks):
+        raise UsageError("--ranks gives one mesh twice")
     config = read_config(arguments.config) if arguments.config is not None else None
     checkpoint = _open(arguments.against, config) if arguments.against is not None else None
     results = []
@@ -58,6 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
         result = _Result(file)
         try:
             _check(file, result, config, checkpoint, params, has_params=bool(arguments.param))
+            if ranks:
+                known = config if checkpoint is None else checkpoint.config
+                _check_ranks(file, result, known, params, ranks)
         except MapError as problem:
             result.diagnostics += problem.diagnostics
         results.append(result)
@@ -107,6 +115,26 @@ def _check(
         expansion = expand(checked, param_values(checked, config, params))
         counts = [_count(len(expansion.keys(side)), name) for side, name in _sides(checked)]
         result.facts.append(f"this config has {' and '.join(counts)}")
+
+
+def _check_ranks(
+    file: str, result: _Result, config: dict[str, Any] | None, params: dict[str, Any], ranks: dict[str, int]
+) -> None:
+    """Cut the map over ranks; MapError where its params have no values, or it has no such mesh."""
+    from mapdsl.compiler.expand import expand, param_values
+    from mapdsl.compiler.sharding import Sharding
+    from mapdsl.map import load
+
+    checked = load(file).checked
+    sharding = Sharding(expand(checked, param_values(checked, config, params)), ranks)
+    result.diagnostics += sharding.problems()
+    over = " x ".join(f"{count} ranks of {mesh}" for mesh, count in ranks.items())
+    for side, name in _sides(checked):
+        counted = sharding.count(side)
+        result.facts.append(f"over {over}: {_count(counted.divided, name)} divided, {counted.whole:,} on every rank")
+    if unknown := sharding.unknown():
+        names = ", ".join(f"`{name}`" for name in unknown)
+        result.facts.append(f"not checked, as neither map nor config says the size: {names}")
 
 
 def _verdict(checked: Checked) -> str:

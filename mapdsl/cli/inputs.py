@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mapdsl.compiler.check import Checked
 
 FILE_HELP = "a .map file, or the name of a shipped map (`mapdsl maps` lists them)"
+_RANKS = re.compile(r"[1-9][0-9]{0,4}")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]{1,300})?(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
 
 
@@ -54,6 +55,14 @@ def _value(text: str) -> Any:
     if not all(isinstance(item, (bool, int, float, str)) for item in items):
         raise argparse.ArgumentTypeError(f"a list holds numbers, strings, true and false: {escaped(text)}")
     return value
+
+
+def rank_count(text: str) -> tuple[str, int]:
+    """`MESH=N` as a name and a number; ArgumentTypeError where it is neither."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip() or not _RANKS.fullmatch(value.strip()):
+        raise argparse.ArgumentTypeError(f"expected MESH=N with N from 1 to 99999, found {escaped(text)!r}")
+    return name.strip(), int(value)
 
 
 def params_of(arguments: argparse.Namespace) -> dict[str, Any]:

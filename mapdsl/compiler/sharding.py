@@ -1,0 +1,206 @@
+"""A map under one config, cut over ranks: whether every axis divides, and no share cuts a block that has one scale."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from mapdsl.compiler import ir
+from mapdsl.compiler.expand import Expansion, Match
+from mapdsl.compiler.shapes import name_axes
+from mapdsl.language import tree
+from mapdsl.language.diagnostics import Diagnostic, error
+from mapdsl.language.source import Span
+from mapdsl.runtime.codecs.storage import BlockStorage
+from mapdsl.runtime.shares import Held, How, joined, nested, share, whole
+
+_KEEPING_VALUES = ("raw", "cast", "add", "neg_exp")  # codecs without scales: their tensors are cut anywhere
+
+
+def how(axis: tree.MeshAxis) -> How:
+    """How a mesh shares an axis out."""
+    if axis.uneven:
+        return "unevenly"
+    if axis.by_ceil:
+        return "by ceil"
+    return "or copies" if axis.copies else "evenly"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A side's tensors: how many are divided, each of them or as experts are, and how many every rank holds."""
+
+    divided: int
+    whole: int
+
+
+@dataclass
+class Sharding:
+    """What some numbers of ranks, by mesh, make of a map's tensors. MapError, N113, for a mesh that the map has not."""
+
+    expansion: Expansion
+    ranks: Mapping[str, int]
+    _axes: dict[str, tuple[str, tree.MeshAxis]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        meshes = {mesh.name: mesh for mesh in self.expansion.map.meshes}
+        for name in self.ranks:
+            if name not in meshes:
+                known = ", ".join(f"`{mesh}`" for mesh in meshes)
+                raise error("N113", f"the map has no mesh `{name}`", help=f"it has {known or 'none'}")
+        self._axes = {axis.name: (name, axis) for name, mesh in meshes.items() for axis in mesh.axes}
+
+    def problems(self) -> list[Diagnostic]:
+        """P453 for each axis that does not divide, P454 for each tensor with a block that is cut."""
+        found: dict[tuple[object, ...], Diagnostic] = {}
+        for number, rule in enumerate(self.expansion.map.rules):
+            for match in self._different(number):
+                sizes = self.expansion.sizes(match)
+                for side in ("left", "right"):
+                    shapes = self.expansion.checked.layouts[number].shapes[side == "right"]
+                    for tensor, shape in zip(rule.side(side), shapes, strict=True):
+                        for problem in self._of_tensor(tensor, shape, sizes) if shape is not None else ():
+                            # An axis is told of once, a block with each tensor.
+                            where = problem.spans[:1] if problem.code == "P454" else ()
+                            found.setdefault((problem.message, where), problem)
+        return [*self._of_names(), *found.values()]
+
+    def unknown(self) -> list[str]:
+        """The axes to be cut whose sizes neither the config nor the map says, in the order of the map."""
+        said = {*self.expansion.params, *self.expansion.map.indices}
+        said |= {name for rule in self.expansion.map.rules for name in rule.enumerations}
+        return [name for name in self._axes if self._ranks_of(name) > 1 and name not in said]
+
+    def count(self, side: str) -> Counted:
+        """How many tensors of a side are divided over the ranks that are given; those of wildcards are not counted."""
+        divided = total = 0
+        for number in range(len(self.expansion.map.rules)):
+            shapes = self.expansion.checked.layouts[number].shapes[side == "right"]
+            tensors = self.expansion.map.rules[number].side(side)
+            are_divided = [self._is_divided(tensor, shape) for tensor, shape in zip(tensors, shapes, strict=True)]
+            for match in self.expansion.matches(number):
+                for named in self.expansion.names(match, side):
+                    total += 1
+                    divided += are_divided[named.place]
+        return Counted(divided, total - divided)
+
+    def held(
+        self, dimension: tree.Dimension | tree.Product, sizes: Mapping[str, int], rank: Mapping[str, int]
+    ) -> Held | None:
+        """What one rank, by its places in the meshes, holds of a dimension.
+
+        None where a size is not known, or an axis does not divide.
+        """
+        match dimension:
+            case tree.Pad():
+                return None  # its size depends on the ranks, and is cut after it is rounded up
+            case tree.Axis(size=int(size)):
+                return whole(size)
+            case tree.Axis(name=name):
+                return self._of_axis(name or "", sizes, rank)
+            case tree.Sum(terms=terms):
+                parts = [self.held(term, sizes, rank) for term in terms]
+                known = [part for part in parts if part is not None]
+                return joined(known) if len(known) == len(parts) else None
+            case tree.Product(factors=factors):
+                found: Held | None = whole(1)
+                for factor in factors:
+                    inner = self.held(factor, sizes, rank)
+                    found = None if found is None or inner is None else nested(found, inner)
+                return found
+
+    # --- within ---
+
+    def _is_divided(self, tensor: ir.Tensor, shape: tree.Shape | None) -> bool:
+        axes = {*name_axes(tensor.template, self.expansion.map.indices)}
+        axes |= {axis.name or "" for axis in ir.axes_of(shape)} if shape is not None else set()
+        return any(self._ranks_of(axis) > 1 for axis in axes)
+
+    def _ranks_of(self, axis: str) -> int:
+        return self.ranks.get(self._axes[axis][0], 1) if axis in self._axes else 1
+
+    def _of_axis(self, name: str, sizes: Mapping[str, int], rank: Mapping[str, int]) -> Held | None:
+        size, count = sizes.get(name), self._ranks_of(name)
+        if size is None:
+            return None
+        if count == 1:
+            return whole(size)
+        mesh, axis = self._axes[name]
+        return share(size, count, rank.get(mesh, 0), how(axis))
+
+    def _of_names(self) -> Iterator[Diagnostic]:
+        """P453 for an index, of experts say, whose positions do not divide."""
+        indices, params = self.expansion.map.indices, self.expansion.params
+        for name, (_, axis) in self._axes.items():
+            index = indices.get(name)
+            bounds = [bound for bound in (index.lower, index.upper) if bound is not None] if index is not None else []
+            used = {used for bound in bounds for used in ir.names_in(bound)}
+            if index is None or index.upper is None or used & indices.keys() or self._ranks_of(name) == 1:
+                continue
+            low, high = (
+                0 if bound is None else self.expansion.evaluate(bound, params) for bound in (index.lower, index.upper)
+            )
+            if self._of_axis(name, {name: max(0, high - low)}, {}) is None:
+                yield self._uneven(name, max(0, high - low), axis.span)
+
+    def _different(self, number: int) -> Iterator[Match]:
+        """Matches of a rule, one for each combination of sizes; a rule with wildcards has none to list."""
+        seen: set[tuple[tuple[str, int], ...]] = set()
+        for match in self.expansion.matches(number):
+            sizes = self.expansion.sizes(match)
+            key = tuple(sorted(sizes.items()))
+            if key not in seen and not self.expansion.is_empty(match, sizes):
+                seen.add(key)
+                yield match
+
+    def _of_tensor(self, tensor: ir.Tensor, shape: tree.Shape, sizes: Mapping[str, int]) -> Iterator[Diagnostic]:
+        cut = {axis.name for axis in ir.axes_of(shape) if axis.name and self._ranks_of(axis.name) > 1}
+        undivided = [name for name in sorted(cut) if name in sizes and self._of_axis(name, sizes, {}) is None]
+        for name in undivided:
+            yield self._uneven(name, sizes[name], tensor.span)
+        if not undivided and cut:
+            yield from self._cut_blocks(tensor, shape, sizes)
+
+    def _uneven(self, name: str, size: int, span: Span) -> Diagnostic:
+        mesh, axis = self._axes[name]
+        count = self.ranks[mesh]
+        message = f"the axis `{name}` has {size:,} positions, which do not divide over {count} ranks of `{mesh}`"
+        divisors = [str(n) for n in range(1, min(size, 64) + 1) if size % n == 0]
+        advice = f"take a number of ranks that divides it ({', '.join(divisors)}), or say how the shares differ: "
+        return Diagnostic(
+            "P453", message, tuple(dict.fromkeys((span, axis.span))), help=f"{advice}`unevenly`, `by ceil`"
+        )
+
+    def _cut_blocks(self, tensor: ir.Tensor, shape: tree.Shape, sizes: Mapping[str, int]) -> Iterator[Diagnostic]:
+        """P454 where a share of one of the last two dimensions begins or ends within a block of one of the formats."""
+        for codec in self.expansion.codecs(tensor):
+            blocks = codec.block if isinstance(codec, BlockStorage) else (0, 0)
+            if codec.kind in _KEEPING_VALUES:
+                continue
+            last = shape.dimensions[-2:]
+            for dimension, block in zip(last, blocks[2 - len(last) :], strict=True):
+                # A block that is as long as the dimension, whatever that is, is so on the rank too.
+                if block is not None and (place := self._cut_place(dimension, sizes, block)) is not None:
+                    yield _cut_block(tensor, codec.name, place, block)
+
+    def _cut_place(self, dimension: tree.Dimension, sizes: Mapping[str, int], block: int) -> int | None:
+        """The first position at which a share begins or ends within a block; 0-sized blocks may not be cut at all."""
+        axes = {axis.name or "" for axis in ir.axes_of(tree.Shape((dimension,), span=dimension.span))}
+        meshes = sorted({self._axes[name][0] for name in axes if self._ranks_of(name) > 1})
+        for places in itertools.product(*(range(self.ranks[mesh]) for mesh in meshes)):
+            held = self.held(dimension, sizes, dict(zip(meshes, places, strict=True)))
+            if held is None:
+                return None
+            for begin, end in held.runs:
+                for edge in (begin, end):
+                    if edge not in (0, held.size) and (not block or edge % block):
+                        return edge
+        return None
+
+
+def _cut_block(tensor: ir.Tensor, codec: str, place: int, block: int) -> Diagnostic:
+    where = f"within a block of {block}" if block else "within what has one scale"
+    message = f"a share ends at position {place:,} of a dimension, {where} that `{codec}` stores"
+    advice = "cut at multiples of the block (fewer ranks), or decode the tensor before it is cut"
+    return Diagnostic("P454", message, (tensor.span,), help=advice)

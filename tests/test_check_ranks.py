@@ -1,0 +1,91 @@
+"""`mapdsl check --ranks`: whether a map's tensors can be cut over so many ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mapdsl.cli.main import main
+
+MAP = """map attention: hf <-> native
+
+param h = heads
+param g = groups
+param c = head_dim
+param E = experts
+
+index e < E
+
+mesh tp shards h, g or copies, f
+mesh ep shards e
+
+codec fp8 = block_scaled(f8e4m3, block=128x128, scale="{key}_scale_inv")
+codec rows = block_scaled(f8e4m3, block=1x*, scale="{key}_scale")
+
+q.weight [(h c) d] as fp8 + k.weight [(g c) d] as fp8 <-> qk.weight [(h c + g c) d]
+o.weight [d (h c)] as rows <-> o.weight [d (h c)]
+experts.{e}.up.weight [f d] <-> experts.{e}.up.weight [f d]
+norm.weight <-> norm.weight [d]
+"""
+PARAMS = {"h": 32, "g": 8, "c": 64, "E": 4}
+
+
+def check(tmp_path: Path, *ranks: str, text: str = MAP, **params: int) -> int:
+    file = tmp_path / "attention.map"
+    file.write_text(text)
+    words = [word for name, value in {**PARAMS, **params}.items() for word in ("--param", f"{name}={value}")]
+    return main(["check", str(file), *words, *(word for one in ranks for word in ("--ranks", one))])
+
+
+def test_what_divides_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(tmp_path, "tp=4", "ep=2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in lines[2:]] == [
+        "over 4 ranks of tp x 2 ranks of ep: 7 hf names divided, 1 on every rank",
+        "over 4 ranks of tp x 2 ranks of ep: 6 native names divided, 1 on every rank",
+        "not checked, as neither map nor config says the size: `f`",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "codes"),
+    [
+        (["tp=6"], ["P453: the axis `h` has 32", "P453: the axis `g` has 8"]),
+        (["ep=3"], ["P453: the axis `e` has 4 positions, which do not divide over 3 ranks of `ep`"]),
+        (["tp=32"], ["P454: a share ends at position 64", "P454: a share ends at position 64"]),
+        (["tp=16"], ["P454: a share ends at position 64"]),  # of k alone: half of the ranks hold the same group
+        (["tp=1"], []),
+    ],
+)
+def test_what_does_not(ranks: list[str], codes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(tmp_path, *ranks) == bool(codes)
+    found = [line.partition("error[")[2].replace("]:", ":", 1) for line in capsys.readouterr().out.splitlines()]
+    found = [line for line in found if line]
+    assert len(found) == len(codes)
+    assert all(line.startswith(code) for line, code in zip(found, codes, strict=True))
+
+
+def test_a_block_as_long_as_its_dimension_is_cut_with_it(tmp_path: Path) -> None:
+    """Every rank has the scales of its rows, whichever of their columns it holds."""
+    text = MAP.replace("] as fp8", "]")
+    assert check(tmp_path, "tp=32", text=text) == 0
+
+
+@pytest.mark.parametrize("how", ["unevenly", "by ceil"])
+def test_shares_that_differ(how: str, tmp_path: Path) -> None:
+    text = MAP.replace("shards h, g or copies, f", f"shards h {how}, g {how}, f").replace(" as fp8", "")
+    assert check(tmp_path, "tp=6", text=text) == 0
+
+
+def test_a_mesh_that_the_map_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(tmp_path, "pp=2") == 1
+    assert "error[N113]: the map has no mesh `pp`\nhelp: it has `tp`, `ep`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["tp=0"], ["tp"], ["tp=two"], ["tp=2", "tp=2"]])
+def test_numbers_of_ranks(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(check(tmp_path, *words))
+    assert ended.value.code == 2
+    assert "--ranks" in capsys.readouterr().err
