@@ -1,4 +1,4 @@
-"""`mapdsl check --ranks`: whether a map's tensors can be cut over so many ranks."""
+"""`mapdsl check --ranks`, whether a map's tensors can be cut over so many ranks; `explain --rank`, what one holds."""
 
 from __future__ import annotations
 
@@ -89,3 +89,93 @@ def test_numbers_of_ranks(words: list[str], tmp_path: Path, capsys: pytest.Captu
         raise SystemExit(check(tmp_path, *words))
     assert ended.value.code == 2
     assert "--ranks" in capsys.readouterr().err
+
+
+# --- explain ---
+
+
+def explain(tmp_path: Path, name: str, *words: str, text: str = MAP, **params: int) -> int:
+    file = tmp_path / "attention.map"
+    file.write_text(text)
+    given = [word for key, value in {**PARAMS, **params}.items() for word in ("--param", f"{key}={value}")]
+    return main(["explain", str(file), name, *given, *words])
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "expected"),
+    [
+        (
+            "qk.weight",
+            ["--ranks", "tp=4", "--rank", "tp=2"],
+            [
+                "tp 2 of 4",
+                "hf: q.weight[1024:1536, :]",
+                "hf: k.weight[256:384, :]",
+                "native: qk.weight[1024:1536 + 2304:2432, :]",
+            ],
+        ),
+        (
+            "k.weight",
+            ["--ranks", "tp=16", "--rank", "tp=15"],
+            [
+                "tp 15 of 16",
+                "hf: q.weight[1920:2048, :]",
+                "hf: k.weight[448:512, :]",
+                "native: qk.weight[1920:2048 + 2496:2560, :]",
+            ],
+        ),
+        (
+            "norm.weight",
+            ["--ranks", "tp=4"],
+            ["tp 0 of 4", "hf: norm.weight, all of it", "native: norm.weight, all of it"],
+        ),
+        (
+            "experts.1.up.weight",
+            ["--ranks", "ep=2", "--rank", "ep=1"],
+            ["ep 1 of 2", "hf: experts.1.up.weight, not here", "native: experts.1.up.weight, not here"],
+        ),
+        (
+            "experts.2.up.weight",
+            ["--ranks", "ep=2", "--rank", "ep=1", "--ranks", "tp=2"],
+            [
+                "ep 1 of 2, tp 0 of 2",
+                "hf: experts.2.up.weight[a share of f, :]",
+                "native: experts.2.up.weight[a share of f, :]",
+            ],
+        ),
+    ],
+)
+def test_what_a_rank_holds(
+    name: str, words: list[str], expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert explain(tmp_path, name, *words) == 0
+    first, *_ = capsys.readouterr().out.split("\n\n")
+    lines = [line.strip() for line in first.partition("on rank")[2].splitlines()]
+    assert lines == expected
+
+
+def test_shares_of_a_transposed_and_of_an_interleaved_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = MAP.replace("o.weight [d (h c)] as rows <-> o.weight [d (h c)]", "o.weight [d (h c)] <-> o.weight [(c h) d]")
+    assert explain(tmp_path, "o.weight", "--ranks", "tp=16", "--rank", "tp=1", text=text, h=32, c=2) == 0
+    out = capsys.readouterr().out
+    assert "hf: o.weight[:, 4:8]" in out and "native: o.weight[2:4 + 34:36, :]" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["--ranks", "tp=4", "--rank", "tp=4"], 2, "--rank tp=4 is none of 4 (--ranks tp=N says how many)"),
+        (["--rank", "tp=1"], 2, "--rank tp=1 is none of 1"),
+        (["--ranks", "tp=5"], 1, "error[P453]: the axis `h` has 32 positions"),
+        (["--ranks", "pp=5"], 1, "error[N113]: the map has no mesh `pp`"),
+        (["--ranks", "tp=4", "--rank", "tp=x"], 2, "expected MESH=R with R from 0 on, found 'tp=x'"),
+    ],
+)
+def test_ranks_that_there_are_not(
+    words: list[str], status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(explain(tmp_path, "o.weight", *words))
+    assert ended.value.code == status
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err

@@ -7,8 +7,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mapdsl.cli.inputs import FILE_HELP, add_config, params_of, rank_count, read_config
-from mapdsl.cli.output import UsageError, escaped, paint, rendered, say, say_json
+from mapdsl.cli.inputs import FILE_HELP, add_config, once, params_of, rank_count, read_config
+from mapdsl.cli.output import escaped, paint, rendered, say, say_json
 
 if TYPE_CHECKING:
     from mapdsl.checkpoint.checkpoint import Checkpoint
@@ -53,9 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check every file; 1 if one of them has an error."""
     from mapdsl.language.diagnostics import MapError
 
-    params, ranks = params_of(arguments), dict(arguments.ranks)
-    if len(ranks) < len(arguments.ranks):
-        raise UsageError("--ranks gives one mesh twice")
+    params, ranks = params_of(arguments), once(arguments.ranks, "--ranks")
     config = read_config(arguments.config) if arguments.config is not None else None
     checkpoint = _open(arguments.against, config) if arguments.against is not None else None
     results = []

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from mapdsl.cli.inputs import FILE_HELP, add_config, values_of
+from mapdsl.cli.inputs import FILE_HELP, add_config, once, rank_count, rank_place, values_of
 from mapdsl.cli.output import UsageError, escaped, paint, say
 
 if TYPE_CHECKING:
+    from mapdsl.explain.shares import Rank
     from mapdsl.explain.text import Explanation
     from mapdsl.language.diagnostics import MapError
 
@@ -18,7 +19,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "explain",
         help="tell where one tensor comes from and goes to, or what an error code means",
-        usage="%(prog)s [-h] [--config C] [--param P=V] FILE NAME\n       %(prog)s [-h] CODE",
+        usage="%(prog)s [-h] [--config C] [--param P=V] [--ranks MESH=N] [--rank MESH=R] FILE NAME\n"
+        "       %(prog)s [-h] CODE",
         description="Tell where one tensor of a map comes from and goes to: its rule, the indices, the slices, the "
         "formats and what a round trip promises. Or what an error code means: a map that has it, why, and the map "
         "mended.",
@@ -27,6 +29,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("subject", metavar="FILE", help=f"{FILE_HELP}; or an error code such as K202")
     parser.add_argument("name", metavar="NAME", nargs="?", help="a tensor's name, of either side")
     add_config(parser)
+    parser.add_argument(
+        "--ranks", metavar="MESH=N", type=rank_count, action="append", default=[], help="so many ranks of a mesh"
+    )
+    held = "the place of one rank in a mesh, from 0 (0): what does it hold? Once for each mesh"
+    parser.add_argument("--rank", metavar="MESH=R", type=rank_place, action="append", default=[], help=held)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,14 +47,34 @@ def run(arguments: argparse.Namespace) -> int:
     checked = load(arguments.subject).checked
     has_config = arguments.config is not None or bool(arguments.param)
     params = values_of(checked, arguments) if has_config else None
+    rank = _rank(checked, arguments, params)
     found = trace(checked, arguments.name, params)
     if not found.readings and not found.shut:
         raise _unknown(checked, arguments)
-    for number, explanation in enumerate(explanations(checked, found, params)):
+    for number, explanation in enumerate(explanations(checked, found, params, rank)):
         if number:
             say()
         _show(explanation)
     return 0 if found.readings else 1
+
+
+def _rank(checked: Any, arguments: argparse.Namespace, params: dict[str, Any] | None) -> Rank | None:
+    """The rank that is asked for; MapError where the map cannot be cut so."""
+    ranks, places = once(arguments.ranks, "--ranks"), once(arguments.rank, "--rank")
+    for mesh, place in places.items():
+        if place >= ranks.get(mesh, 1):
+            raise UsageError(f"--rank {mesh}={place} is none of {ranks.get(mesh, 1)} (--ranks {mesh}=N says how many)")
+    if not ranks:
+        return None
+    from mapdsl.compiler.expand import expand, param_values
+    from mapdsl.compiler.sharding import Sharding
+    from mapdsl.explain.shares import Rank
+    from mapdsl.language.diagnostics import MapError
+
+    sharding = Sharding(expand(checked, param_values(checked, None, {}) if params is None else params), ranks)
+    if uneven := [problem for problem in sharding.problems() if problem.code == "P453"]:
+        raise MapError(uneven)
+    return Rank(sharding, places)
 
 
 def _show(explanation: Explanation) -> None:

@@ -65,6 +65,22 @@ def rank_count(text: str) -> tuple[str, int]:
     return name.strip(), int(value)
 
 
+def rank_place(text: str) -> tuple[str, int]:
+    """`MESH=R` as a name and a number from 0; ArgumentTypeError where it is neither."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip() or (value != "0" and not _RANKS.fullmatch(value)):
+        raise argparse.ArgumentTypeError(f"expected MESH=R with R from 0 on, found {escaped(text)!r}")
+    return name.strip(), int(value)
+
+
+def once(given: list[tuple[str, int]], option: str) -> dict[str, int]:
+    """What an option says of each mesh; UsageError where it says two things of one."""
+    found = dict(given)
+    if len(found) < len(given):
+        raise UsageError(f"{option} gives one mesh twice")
+    return found
+
+
 def params_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The params given with `--param`; UsageError where one is given two values."""
     params: dict[str, Any] = {}

@@ -110,6 +110,19 @@ class Sharding:
                     found = None if found is None or inner is None else nested(found, inner)
                 return found
 
+    def holds(self, index: str, value: int, rank: Mapping[str, int]) -> bool:
+        """Whether a rank holds what has this value of an index in its name."""
+        bounds = self._bounds(index) if self._ranks_of(index) > 1 else None
+        if bounds is None:
+            return True
+        held = self._of_axis(index, {index: bounds[1] - bounds[0]}, rank)
+        return held is not None and any(begin <= value - bounds[0] < end for begin, end in held.runs)
+
+    def divides(self, dimension: tree.Dimension) -> bool:
+        """Whether an axis of a dimension is divided."""
+        axes = ir.axes_of(tree.Shape((dimension,), span=dimension.span))
+        return any(self._ranks_of(axis.name or "") > 1 for axis in axes)
+
     # --- within ---
 
     def _is_divided(self, tensor: ir.Tensor, shape: tree.Shape | None) -> bool:
@@ -131,18 +144,22 @@ class Sharding:
 
     def _of_names(self) -> Iterator[Diagnostic]:
         """P453 for an index, of experts say, whose positions do not divide."""
-        indices, params = self.expansion.map.indices, self.expansion.params
         for name, (_, axis) in self._axes.items():
-            index = indices.get(name)
-            bounds = [bound for bound in (index.lower, index.upper) if bound is not None] if index is not None else []
-            used = {used for bound in bounds for used in ir.names_in(bound)}
-            if index is None or index.upper is None or used & indices.keys() or self._ranks_of(name) == 1:
-                continue
-            low, high = (
-                0 if bound is None else self.expansion.evaluate(bound, params) for bound in (index.lower, index.upper)
-            )
-            if self._of_axis(name, {name: max(0, high - low)}, {}) is None:
-                yield self._uneven(name, max(0, high - low), axis.span)
+            bounds = self._bounds(name)
+            if bounds is not None and self._of_axis(name, {name: bounds[1] - bounds[0]}, {}) is None:
+                yield self._uneven(name, bounds[1] - bounds[0], axis.span)
+
+    def _bounds(self, name: str) -> tuple[int, int] | None:
+        """The first value of an index and the one behind the last, where the config alone says them."""
+        indices, params = self.expansion.map.indices, self.expansion.params
+        index = indices.get(name)
+        if index is None or index.upper is None:
+            return None
+        bounds = [bound for bound in (index.lower, index.upper) if bound is not None]
+        if any(used in indices for bound in bounds for used in ir.names_in(bound)):
+            return None
+        first = 0 if index.lower is None else self.expansion.evaluate(index.lower, params)
+        return first, max(first, self.expansion.evaluate(index.upper, params))
 
     def _different(self, number: int) -> Iterator[Match]:
         """Matches of a rule, one for each combination of sizes; a rule with wildcards has none to list."""

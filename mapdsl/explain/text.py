@@ -11,6 +11,7 @@ from mapdsl.compiler.check import Checked
 from mapdsl.compiler.codecs import AnyCodec, codec_key
 from mapdsl.compiler.laws import Grade, rule_law
 from mapdsl.compiler.shapes import Piece
+from mapdsl.explain.shares import Rank
 from mapdsl.explain.slices import place
 from mapdsl.explain.trace import Reading, Trace, partial_name, spellings
 from mapdsl.language import tree
@@ -27,14 +28,22 @@ class Explanation:
     lines: tuple[tuple[str, str], ...]
 
 
-def explanations(checked: Checked, found: Trace, params: Mapping[str, Any] | None) -> list[Explanation]:
-    """One explanation a reading. Under a config, readings that it shuts out come only where no other is left."""
+def explanations(
+    checked: Checked, found: Trace, params: Mapping[str, Any] | None, rank: Rank | None = None
+) -> list[Explanation]:
+    """One explanation a reading, with what one rank holds, if it is given.
+
+    Under a config, readings that it shuts out come only where no other is left.
+    """
     readings = found.readings or found.shut
-    return [_Writer(checked, found.name, reading, params).explanation() for reading in readings]
+    return [_Writer(checked, found.name, reading, params, rank).explanation() for reading in readings]
 
 
 class _Writer:
-    def __init__(self, checked: Checked, asked: str, reading: Reading, params: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, checked: Checked, asked: str, reading: Reading, params: Mapping[str, Any] | None, rank: Rank | None
+    ) -> None:
+        self.rank = rank
         self.checked = checked
         self.map = checked.map
         self.asked = asked
@@ -50,6 +59,8 @@ class _Writer:
         lines = [*self._identity(), *self._rule(), *self._bindings(), *self._condition()]
         if not self.reading.shut:
             lines += [*self._other_side(), *self._formats(), *self._legacy(), *self._law()]
+            if self.rank is not None:
+                lines += self.rank.lines(self.reading, self.sizes, self._name)
         return Explanation(self.asked, tuple(lines))
 
     # --- what it is ---
