@@ -21,6 +21,7 @@ ALLOWED = {
         "compiler",
         "resources",
         "runtime.sizes",
+        "runtime.shares",
         "runtime.codecs.likeness",
         "runtime.codecs.storage",
         "runtime.codecs.integer_storage",
