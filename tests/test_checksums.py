@@ -254,3 +254,32 @@ def test_torch_is_not_needed(there):
     )
     done = subprocess.run([sys.executable, "-c", code, str(there)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_link_in_the_place_of_the_file_is_not_followed(there, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("precious")
+    (there / CHECKSUM_FILE).unlink()
+    (there / CHECKSUM_FILE).symlink_to(elsewhere)
+    with pytest.raises(MapError) as caught:
+        compare_checksums(there)
+    assert only(caught.value).message == "the file is a link that leads out of its folder"
+    before = {path.name for path in there.iterdir()}
+    assert write_checksums(there) == there / CHECKSUM_FILE
+    assert elsewhere.read_text() == "precious"
+    assert not (there / CHECKSUM_FILE).is_symlink()
+    assert compare_checksums(there).equal
+    assert {path.name for path in there.iterdir()} == before
+
+
+def test_nothing_is_left_of_a_file_that_cannot_be_written(there, monkeypatch):
+    def fails(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    was = (there / CHECKSUM_FILE).read_bytes()
+    before = {path.name for path in there.iterdir()}
+    monkeypatch.setattr(checksums.os, "replace", fails)
+    with pytest.raises(MapError, match="no space left on device"):
+        write_checksums(there)
+    assert (there / CHECKSUM_FILE).read_bytes() == was
+    assert {path.name for path in there.iterdir()} == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import Any
 
 import pytest
@@ -131,3 +132,68 @@ def test_gradients_flow_through_a_contiguous_copy() -> None:
     source = torch.ones(64, 96, requires_grad=True)
     contiguous_copy(source.T).sum().backward()
     assert source.grad is not None and bool((source.grad == 1).all())
+
+
+# --- tensors that are not what their memory says, or of which torch does not copy the bits ----------------------------
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_every_byte_of_a_bool_stays(monkeypatch: pytest.MonkeyPatch, wish: str) -> None:
+    monkeypatch.setenv("MAPDSL_KERNELS", wish)
+    stored = torch.arange(64 * 96).to(torch.uint8).view(64, 96)
+    out = torch.empty(96, 64, dtype=torch.bool)
+    copy_strided(out.T, stored.view(torch.bool))
+    assert torch.equal(out.view(torch.uint8), stored.T)
+    in_order = torch.empty(64, 96, dtype=torch.bool)
+    copy_strided(in_order, stored.view(torch.bool))
+    assert torch.equal(in_order.view(torch.uint8), stored)
+    assert torch.equal(contiguous_copy(stored.view(torch.bool).T).view(torch.uint8), stored.T)
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_a_negative_that_is_yet_to_be(monkeypatch: pytest.MonkeyPatch, wish: str) -> None:
+    monkeypatch.setenv("MAPDSL_KERNELS", wish)
+    source = torch._neg_view(torch.randn(64, 96).half())
+    out = torch.empty(96, 64, dtype=torch.float16)
+    copy_strided(out.T, source)
+    assert torch.equal(out.T, source)
+    assert torch.equal(contiguous_copy(source.T), source.T)
+
+
+class Elsewhere(Tensor):
+    """A tensor that knows by itself how it is copied, as a DTensor does."""
+
+
+def test_other_kinds_of_tensors_are_copied_as_they_will() -> None:
+    source = torch.randn(64, 96).as_subclass(Elsewhere)
+    assert type(contiguous_copy(source.T)) is Elsewhere
+    assert torch.equal(contiguous_copy(source.T), source.T)
+    assert type(contiguous(source.T)) is Elsewhere
+    assert type(contiguous_copy(torch.nn.Parameter(source.as_subclass(Tensor), requires_grad=False))) is Tensor
+
+
+@WITH_NUMBA
+def test_words_are_read_where_the_first_value_is_lowest(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mapdsl.runtime.codecs.compiled import CompiledKernels
+
+    source, kernels = torch.randn(64, 96).bfloat16(), CompiledKernels()
+    out = torch.empty(96, 64, dtype=torch.bfloat16)
+    assert kernels.transpose(source, out)
+    monkeypatch.setattr(sys, "byteorder", "big")
+    assert not kernels.transpose(source, out)
+    codec = CODECS["e2m1, e8m0"]
+    monkeypatch.setattr(CompiledKernels, "decode_transposed", noted := Noted(CompiledKernels.decode_transposed))
+    monkeypatch.setenv("MAPDSL_KERNELS", "compiled")
+    codec.decode(KEY, codec.encode(KEY, torch.randn(64, 96).bfloat16()).parts, out=out.T)
+    assert noted.given == [False]
+
+
+class Noted:
+    """A method that notes what it gives."""
+
+    def __init__(self, method: Any) -> None:
+        self.method, self.given = method, []
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.given.append(self.method(None, *arguments, **options))
+        return self.given[-1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,38 @@ def write_one(folder: Path, text: str, state: dict[str, torch.Tensor], config: s
 def test_members_are_taken_out_of_a_text(text, expected, taken):
     assert without_members(text, "q") == (expected, taken)
     assert without_members(expected, "q") == (expected, [])
+
+
+def test_repeated_members_are_taken_out_in_one_go():
+    begun = time.process_time()
+    text = ", ".join(['"q": 1'] * 20_000)
+    assert without_members(f'{{"a": 2, {text}}}', "q") == ('{"a": 2}', ["q"] * 20_000)
+    assert without_members(f"{{{text}}}", "q")[0] == "{}"
+    assert time.process_time() - begun < 30  # minutes, if all is read again for each
+
+
+def test_texts_may_nest_as_deeply_as_they_can_be_read():
+    def nested(depth: int) -> str:
+        return '{"a":' * depth + '{"q":1}' + "}" * depth
+
+    depth = max(depth for depth in range(2000) if is_read(nested(depth)))
+    assert depth > 100
+    text, taken = deeper(50, lambda: without_members(nested(depth), "q"))
+    assert text == nested(depth).replace('"q":1', "")
+    assert taken == ["a." * depth + "q"]
+
+
+def is_read(text: str) -> bool:
+    try:
+        json.loads(text)
+    except RecursionError:
+        return False
+    return True
+
+
+def deeper(count: int, work: Callable[[], Any]) -> Any:
+    """What `work` gives, called from within so many calls."""
+    return deeper(count - 1, work) if count else work()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import mapdsl
 from mapdsl.checkpoint import engine, ranks
 from mapdsl.checkpoint.journal import Journal, JournalFile, Segment, partial_folder, segment_path
-from mapdsl.checkpoint.ranks import OtherRankError, Ranks
+from mapdsl.checkpoint.ranks import OtherRankError, Ranks, join_ranks
 from mapdsl.cli.main import main
 from mapdsl.demo import small_config, write_release
 from mapdsl.language.diagnostics import MapError
@@ -342,3 +343,10 @@ def test_fewer_units_than_ranks(tmp_path: Path) -> None:
     mapdsl.convert(source, tmp_path / "alone", file)
     together(6, lambda ranks: mapdsl.convert(source, tmp_path / "out", file, ranks=ranks))
     assert_same_files(tmp_path / "out", tmp_path / "alone")
+
+
+def test_a_process_that_is_alone_needs_no_distributed_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch.distributed.distributed_c10d", "torch.distributed.rendezvous"):
+        monkeypatch.setitem(sys.modules, name, None)  # as in builds of torch without it
+    assert join_ranks({}) is None
+    assert join_ranks({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}) is None

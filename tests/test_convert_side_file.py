@@ -16,9 +16,10 @@ from conversions import MAP, assert_same_files, only, renames, write_state, writ
 
 import mapdsl
 from mapdsl.checkpoint.headers import read_header
-from mapdsl.checkpoint.sidecar import SIDE_FILE, SideFile
+from mapdsl.checkpoint.sidecar import SIDE_FILE, SideFile, SideWriter
 from mapdsl.language.diagnostics import MapError
 from mapdsl.language.source import Source
+from mapdsl.runtime.codecs.kept import Kept
 
 
 @pytest.fixture(scope="module")
@@ -321,3 +322,19 @@ def test_it_keeps_the_dtypes_that_the_map_changes(tmp_path: Path) -> None:
         mapdsl.convert(place / "source", place / "there", map_, to="native")
         mapdsl.convert(place / "there", place / "back", map_, to="hf")
         assert_same_files(place / "source", place / "back")
+
+
+def test_what_is_the_same_of_many_tensors_is_held_once(tmp_path: Path) -> None:
+    def writer() -> SideWriter:
+        return SideWriter(tmp_path / "there", tmp_path)
+
+    taken, names = writer(), [f"a.{number}" for number in range(100)]
+    for name in names:
+        codes = torch.zeros(0, dtype=torch.int8)
+        taken[name] = "fp8", Kept("fp8", torch.bfloat16, (4, 4), codes, None, {"scale": torch.rand(1, 1)})
+    restored = writer()
+    restored.restore(json.loads(json.dumps(taken.record(names))))
+    for one in (taken, restored):
+        assert len({id(text) for text, _ in one._entries.values()}) == 1
+        one.close()
+    assert restored.record(names) == taken.record(names)

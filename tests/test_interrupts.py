@@ -83,6 +83,8 @@ elif stage == "keeping":
     before("mapdsl.checkpoint.sidecar:SideWriter", "finish")
 elif stage == "flushing":
     before("mapdsl.checkpoint.writer", "flush")
+elif stage == "reading":
+    before("mapdsl.checkpoint.checkpoint", "open_checkpoint")
 elif stage == "packing":
     before("mapdsl.checkpoint.dcp_writer:DcpWriter", "_note", 2, after=True)
 elif stage == "named":
@@ -174,11 +176,19 @@ def test_events_end_with_it(folders: Path, tmp_path: Path, stage: str, resume: b
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_other_commands_end_without_a_word(folders: Path, number: str) -> None:
-    words = [str(folders / "released"), str(folders / "model"), "--map", "deepseek_v4"]
-    for command in ("verify", "plan"):
-        done = struck("planning", number, command, *words[: 2 if command == "verify" else 1], *words[2:])
-        assert (done.returncode, done.stdout, done.stderr) == (NUMBERS[number], "", "")
+@pytest.mark.parametrize("command", ["verify", "plan", "diff", "checksums"])
+def test_other_commands_say_that_they_did_not_end(folders: Path, command: str, number: str) -> None:
+    model, map_words = str(folders / "model"), ["--map", "deepseek_v4"]
+    words = {
+        "verify": [str(folders / "released"), model, *map_words],
+        "plan": [str(folders / "released"), *map_words],
+        "diff": [model, model],
+        "checksums": [model, "--write"],
+    }
+    done = struck("planning" if command in ("verify", "plan") else "reading", number, command, *words[command])
+    assert (done.returncode, done.stdout) == (NUMBERS[number], "")
+    assert done.stderr == f"interrupted: mapdsl {command} did not come to its end\n"
+    assert not (folders / "model" / "mapdsl.checksums.json").exists()
 
 
 # --- in this process --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import mapdsl
+from mapdsl.checkpoint.journal import JOURNAL_FILE, Journal, partial_folder
 from mapdsl.cli.main import main
 from mapdsl.demo import small_config, write_release
 
@@ -111,7 +113,16 @@ def test_it_refuses_the_destinations_that_convert_refuses(
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--no-complement"], ["--format", "dcp"], ["--max-shard-size", "2MB"]], ids=str
+    "options",
+    [
+        [],
+        ["--no-complement"],
+        ["--no-complement", "--verify"],
+        ["--verify", "--checksums"],
+        ["--format", "dcp"],
+        ["--max-shard-size", "2MB"],
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("missing", [0, 1])
 def test_convert_begins_where_plan_says_that_there_is_room(
@@ -131,6 +142,80 @@ def test_convert_begins_where_plan_says_that_there_is_room(
         told.append(capsys.readouterr().err.splitlines()[:1])
     assert told[0] == told[1]
     assert bool(told[0]) == missing
+
+
+def test_what_is_put_aside_to_verify_needs_room(released: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = planned(capsys, str(released))["kept_bytes"]
+    plain, verified = (
+        planned(capsys, str(released), "--no-complement", *more)["needed_bytes"] for more in ([], ["--verify"])
+    )
+    assert verified - plain == kept > 0
+
+
+def left_by(source: Path, out: Path, units: int, **options: Any) -> None:
+    """A conversion that is interrupted when so many units are done."""
+    add = Journal.add
+
+    def stopped(self: Journal, record: Any) -> None:
+        if len(self.done) == units:
+            raise KeyboardInterrupt
+        add(self, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            mapdsl.convert(source, out, "deepseek_v4", **options)
+
+
+def test_it_knows_what_an_earlier_run_has_left(
+    released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(released), str(tmp_path / "out"), "--map", "deepseek_v4"]
+    left_by(released, tmp_path / "out", 7)
+    left = {path.name: path.read_bytes() for path in (tmp_path / ".out.partial").iterdir()}
+    for more in ([], ["--resume", "--dtype", "f32"]):
+        told = []
+        for command in ("plan", "convert"):
+            assert main([command, *words, *more]) == 1
+            told.append(capsys.readouterr().err)
+        assert told[0] == told[1]
+        assert ("7 units of it done" if not more else "an option changed\n") in told[0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))  # its files have been made
+    assert planned(capsys, *words[:2], "--resume")["done_units"] == 7
+    assert main(["plan", *words, "--resume"]) == 0
+    assert "7 of them done by an earlier run, with which --resume goes on" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (tmp_path / ".out.partial").iterdir()} == left
+    assert main(["convert", *words, "--resume"]) == 0
+
+
+def test_a_run_at_work_and_nothing_to_go_on_with(
+    released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(released), str(tmp_path / "out"), "--map", "deepseek_v4"]
+    journal = Journal(tmp_path / "out", {"the map": "x"})
+    assert main(["plan", *words]) == 1
+    assert "another run is converting to this destination" in capsys.readouterr().err
+    journal.close()
+    for command in ("plan", "convert"):
+        assert main([command, *words, "--resume"]) == 1
+        assert "there is no unfinished conversion to go on with" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    partial_folder(tmp_path / "out").mkdir()  # a run that was killed before anything was done
+    assert planned(capsys, *words[:2])["done_units"] == planned(capsys, *words[:2], "--resume")["done_units"] == 0
+    journal_file = partial_folder(tmp_path / "out") / JOURNAL_FILE
+    journal_file.write_text("nonsense\n")
+    assert main(["plan", *words]) == 1
+    assert f"{journal_file}: error[C507]: the journal of an unfinished" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to(
+    released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    access = os.access
+    # Root may write everywhere, so it is not enough to change the mode.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
+    assert main(["plan", str(released), str(tmp_path / "out"), "--map", "deepseek_v4"]) == 1
+    assert "its folder cannot be written to" in capsys.readouterr().err
 
 
 def test_packing_needs_one_shard_more(released: Path, capsys: pytest.CaptureFixture[str]) -> None:

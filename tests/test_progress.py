@@ -190,3 +190,39 @@ def test_a_reader_who_has_left_does_not_stop_the_work(monkeypatch: pytest.Monkey
         assert told.wait(60)
         steps.append("done")
     assert steps == ["done"]
+
+
+class Gone(Terminal):
+    """A terminal that was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+    def flush(self) -> None:
+        raise OSError(5, "Input/output error")
+
+
+class Leaving(Terminal):
+    """A terminal that is closed when something is shown."""
+
+    is_there = True
+
+    def write(self, text: str) -> int:
+        if not self.is_there:
+            raise OSError(6, "No such device or address")  # tqdm itself minds no other than 5
+        return super().write(text)
+
+
+def test_a_terminal_that_has_gone_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with reporting("writing", 100, progress=True) as meter:
+        meter(100)
+    assert meter.progress().bytes_done == 100
+
+
+def test_a_terminal_that_goes_is_no_reason_to_stop() -> None:
+    bar = progress._Bar(Progress("writing", 0, 100), stream := Leaving())
+    stream.is_there = False
+    bar.show(Progress("writing", 50, 100, 1e9))
+    bar.close()
+    assert "50" not in stream.getvalue().rpartition("\r")[2]

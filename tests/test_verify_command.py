@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -25,6 +26,7 @@ import mapdsl
 from mapdsl.checkpoint.checkpoint import open_checkpoint
 from mapdsl.checkpoint.passes import OptionError
 from mapdsl.cli.main import main
+from mapdsl.cli.verify import story
 from mapdsl.language.diagnostics import MapError
 
 # --- names, dtypes, shapes --------------------------------------------------------------------------------------------
@@ -131,6 +133,14 @@ def test_the_command_says_what_differs(work, capsys):
     assert f"  {EXPERTS}[{', '.join(map(str, index))}]: expected " in out
     assert "; 1 of 196,608 bytes differ\n    from layers.1.ffn.experts.0.w2.weight[" in out
     assert "1 differs, in " in out
+
+
+def test_one_block_is_one_block(made):
+    found = mapdsl.verify(made / "source", made / "there", NAME)
+    for count, blocks in ((1, "1 block"), (1200, "1,200 blocks")):
+        assert f"  encoded anew and compared so: {blocks} with other values" in story(
+            replace(found, edited={"a": count})
+        )
 
 
 def test_the_command_as_json(work, capsys):

@@ -12,6 +12,7 @@ from mapdsl.checkpoint.dcp_metadata import METADATA_FILE
 from mapdsl.checkpoint.following import Follower, Verified
 from mapdsl.checkpoint.journal import Journal
 from mapdsl.checkpoint.layout import FileLayout
+from mapdsl.checkpoint.memory import held_bytes
 from mapdsl.checkpoint.passes import Plan
 from mapdsl.checkpoint.progress import Reporter
 from mapdsl.checkpoint.sharing import Means
@@ -32,18 +33,18 @@ class Wanted:
 
 
 def shared_means(means: Means, wanted: Wanted, plan: Plan) -> tuple[Means, Means]:
-    """The means of the conversion, and those of what verifies it: beside it, half of all each."""
-    if not wanted.verify or _waits(means, plan):
-        return means, means
+    """The means of the conversion, and those of what verifies it: beside it, half of all each, or after it, all.
+
+    It comes after where units of other ranks are not told of, where packed shards are gone, and where there is memory
+    for one unit alone.
+    """
     workers, memory = means.workers // 2, means.memory // 2
-    return replace(means, workers=max(means.workers - workers, 1), memory=means.memory - memory), replace(
-        means, workers=max(workers, 1), memory=memory
-    )
-
-
-def _waits(means: Means, plan: Plan) -> bool:
-    """Whether all is looked at in the end: units of other ranks are not told of, those of packed shards are gone."""
-    return plan.request.format == "dcp" or means.ranks is not None
+    is_last = plan.request.format == "dcp" or means.ranks is not None
+    is_last |= wanted.verify and max(held_bytes(plan), default=0) > memory
+    if not wanted.verify or is_last:
+        return means, replace(means, is_last=is_last)
+    first = replace(means, workers=max(means.workers - workers, 1), memory=means.memory - memory)
+    return first, replace(means, workers=max(workers, 1), memory=memory)
 
 
 class Attendants:
@@ -65,13 +66,12 @@ class Attendants:
         self.verified: Verified | None = None
         self._plan, self._folder, self._is_packed = plan, folder, plan.request.format == "dcp"
         self._members = plan.units.members()
-        waits = _waits(means, plan)
         self._follower: Follower | None = None
         self._summer: Summer | None = None
         if wanted.verify:
-            self._follower = Follower(plan, layout, journal, kept, means, waits=waits)
+            self._follower = Follower(plan, layout, journal, kept, means)
         self._sums = wanted.checksums
-        self._waits = waits
+        self._is_last = means.is_last
         self._written = written_checkpoint(layout, folder)
 
     @property
@@ -108,7 +108,7 @@ class Attendants:
     def _done(self, unit: int, edited: Mapping[str, int]) -> None:
         if self._follower is not None:
             self._follower.done(unit, edited)
-        if self._summer is not None and not self._waits:
+        if self._summer is not None and not self._is_last:
             self._summer.written(map(self._plan.name_of, self._members[unit][1]))
 
 

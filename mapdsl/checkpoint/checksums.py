@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import queue
+import secrets
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from typing import Any
 from mapdsl.checkpoint.byteranges import ByteRanges
 from mapdsl.checkpoint.checkpoint import Checkpoint
 from mapdsl.checkpoint.elements import STRIP_BYTES
-from mapdsl.checkpoint.files import bad_file, read_object, reason
+from mapdsl.checkpoint.files import bad_file, leaves_folder, read_object, reason
 from mapdsl.checkpoint.headers import StoredTensor
 from mapdsl.checkpoint.progress import Meter, Reporter
 from mapdsl.checkpoint.sources import open_tensors
@@ -108,9 +109,12 @@ def write_checksums(path: str | os.PathLike[str], *, progress: bool = False) -> 
     tensors = list(checkpoint.tensors.values())
     with Reporter(progress).meter("checksums", sum(tensor.nbytes for tensor in tensors)) as meter:
         text = _text(checkpoint, _sums(checkpoint, tensors, meter))
+    made = file.with_name(f".{CHECKSUM_FILE}.{secrets.token_hex(4)}")
     try:
-        file.write_bytes(text)
+        made.write_bytes(text)
+        os.replace(made, file)  # of a link the link itself: what it leads to may lie anywhere
     except OSError as problem:
+        made.unlink(missing_ok=True)
         raise bad_file(file, f"cannot write the file: {reason(problem)}") from problem
     return file
 
@@ -127,6 +131,8 @@ def compare_checksums(
     if file is None and not place.exists():
         advice = "`--write` writes it, as does `mapdsl convert --checksums`; --file names one elsewhere"
         raise bad_file(place, "there are no checksums beside the tensors", advice)
+    if file is None and leaves_folder(place):
+        raise bad_file(place, "the file is a link that leads out of its folder", "give --file if you trust it")
     expected = read_checksums(place)
     both = [tensor for name, tensor in checkpoint.tensors.items() if name in expected]
     with Reporter(progress).meter("comparing", sum(tensor.nbytes for tensor in both)) as meter:

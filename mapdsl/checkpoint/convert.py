@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mapdsl.checkpoint.attendants import Attendants, Done, Wanted, shared_means
-from mapdsl.checkpoint.checkpoint import Checkpoint
-from mapdsl.checkpoint.checksums import CHECKSUM_FILE
+from mapdsl.checkpoint.completion import check_resumable, finish, is_finished, note_outcome
 from mapdsl.checkpoint.engine import convert_tensors
-from mapdsl.checkpoint.files import read_text
+from mapdsl.checkpoint.files import bad_file
 from mapdsl.checkpoint.following import Verified
-from mapdsl.checkpoint.journal import Journal
+from mapdsl.checkpoint.identity import identity_of
+from mapdsl.checkpoint.journal import Journal, units_left_done
 from mapdsl.checkpoint.layout import FileLayout
 from mapdsl.checkpoint.memory import memory_budget
 from mapdsl.checkpoint.model_config import ModelConfig, written_config
@@ -31,18 +30,17 @@ from mapdsl.checkpoint.options import (
     size_in_bytes,
     worker_count,
 )
+from mapdsl.checkpoint.other_files import carry_over, index_of, left_behind
 from mapdsl.checkpoint.passes import Plan, header_texts, origin_of
-from mapdsl.checkpoint.planned import planned_of, side_file_disk
+from mapdsl.checkpoint.planned import beside_disk, planned_of
 from mapdsl.checkpoint.progress import Meter, Report, Reporter, plain
 from mapdsl.checkpoint.ranks import Ranks
 from mapdsl.checkpoint.sharing import Means, flush_leftovers, help_out, lead
 from mapdsl.checkpoint.sidecar import SIDE_FILE, Forgetful, SideFile, SideWriter
-from mapdsl.checkpoint.sources import INDEX_SUFFIX, check_destination, open_tensors
+from mapdsl.checkpoint.sources import check_destination, open_tensors
 from mapdsl.checkpoint.window import Window
 from mapdsl.checkpoint.writer import CheckpointWriter
 from mapdsl.map import Map
-
-_INDEXES = (INDEX_SUFFIX, ".bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,8 @@ class Conversion:
     again (None where there is no side file), `misfit` why not. `left_behind` are names in the source's folder that were
     not carried over, and keys in torch's files of what is not part of the model. `config` is the config.json that was
     written, with what was changed in it, `verified` what was compared, if that was asked for;
-    `checksums` says whether those of the tensors were written.
+    `checksums` says whether those of the tensors were written, `was_complete` that a run that was killed had done all
+    of it, and `resume` was only to clean up.
     """
 
     source: Path
@@ -77,6 +76,7 @@ class Conversion:
     config: ModelConfig | None = None
     verified: Verified | None = None
     checksums: bool = False
+    was_complete: bool = False
     seconds: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
@@ -146,7 +146,12 @@ def convert(
     """
     started = time.monotonic()
     checkpoint = open_tensors(source)
-    check_destination(checkpoint, Path(destination))
+    destination = Path(destination)
+    was_complete = resume and is_finished(destination)
+    if not was_complete:
+        if resume:
+            check_resumable(destination)
+        check_destination(checkpoint, destination)
     request = make_request(
         map,
         checkpoint,
@@ -161,83 +166,115 @@ def convert(
     plan = checked_plan(request, to)
     layout = planned_layout(plan, shard_bytes)
     means = Means(workers, memory_budget(plan, bound), ranks)
+    identity, wanted = identity_of(plan, layout), Wanted(verify, checksums)
     if ranks is not None:
         if resume:
-            flush_leftovers(Path(destination))
-        ranks.agree(_identity(plan, layout))
+            flush_leftovers(destination)
+        ranks.agree(identity)
     if ranks is not None and ranks.rank:
-        help_out(plan, layout, Path(destination), means)
-        return _conversion(plan, layout, Path(destination), json.loads(ranks.receive("committed")), started)
+        if not was_complete:
+            help_out(plan, layout, destination, means)
+        return _conversion(plan, layout, destination, json.loads(ranks.receive("committed")), started)
     reporter = Reporter(progress, report)
-    _tell_plan(plan, layout, Path(destination), means, reporter)
-    journal = Journal(Path(destination), _identity(plan, layout), resume=resume, ranks=ranks)
-    wanted = Wanted(verify, checksums)
-    outcome = _write(plan, layout, journal, means=means, reporter=reporter, wanted=wanted)
+    done = len(plan.units.members()) if was_complete else units_left_done(destination, identity, resume=resume)
+    _tell_plan(plan, layout, destination, means, reporter, wanted, done)
+    if was_complete:
+        outcome = _finished(destination, identity, wanted)
+    else:
+        journal = Journal(destination, identity, resume=resume, ranks=ranks)
+        with journal.telling():
+            outcome = _write(plan, layout, journal, identity, means=means, reporter=reporter, wanted=wanted)
     if ranks is not None:
         ranks.hand_out("committed", [json.dumps(outcome)] * (ranks.count - 1))
-    return _conversion(plan, layout, Path(destination), outcome, started)
+    return _conversion(plan, layout, destination, outcome, started)
 
 
-def _tell_plan(plan: Plan, layout: list[FileLayout], destination: Path, means: Means, reporter: Reporter) -> None:
+def _finished(destination: Path, identity: Mapping[str, str], wanted: Wanted) -> dict[str, Any]:
+    """What came of a conversion that was complete when it was killed, which then is cleaned up."""
+    outcome = finish(destination, identity)
+    for what, command, is_lacking in (
+        ("verified", "`mapdsl verify` does that", wanted.verify and outcome["verified"] is None),
+        ("given checksums", "`mapdsl checksums --write` does that", wanted.checksums and not outcome["checksums"]),
+    ):
+        if is_lacking:
+            raise bad_file(destination, f"the conversion was complete already, and not {what}", command)
+    return {**outcome, "was_complete": True}
+
+
+def _tell_plan(
+    plan: Plan,
+    layout: list[FileLayout],
+    destination: Path,
+    means: Means,
+    reporter: Reporter,
+    wanted: Wanted,
+    done: int,
+) -> None:
     """What is going to be done, and what may surprise about it."""
     if reporter.report is None:
         return
-    planned = planned_of(plan, layout, workers=means.workers, destination=destination, memory=means.memory)
-    reporter.event("plan", {**planned.as_json(with_units=False), "destination": str(destination)})
+    beside = beside_disk(plan, verify=wanted.verify and means.ranks is None)
+    planned = planned_of(
+        plan, layout, workers=means.workers, destination=destination, memory=means.memory, beside=beside
+    )
+    members = replace(planned, done_units=done).as_json(with_units=False)
+    reporter.event("plan", {**members, "destination": str(destination)})
     if plan.misfit:
         reporter.event("warning", {"message": f"the files are laid out anew: {plan.misfit}"})
 
 
-def _identity(plan: Plan, layout: list[FileLayout]) -> dict[str, str]:
-    """What must be the same for a conversion to go on where another ended."""
-    request, checkpoint = plan.request, plan.request.checkpoint
-    places = [(tensor.name, tensor.dtype, tensor.shape, tensor.begin) for tensor in checkpoint.tensors.values()]
-    states = [(name, os.stat(checkpoint.folder / name)) for name in sorted(checkpoint.files)]
-    files = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
-    options = (plan.to_right, str(request.dtype), request.quantize, request.use_complement, request.format)
-    found = {
-        "the source": (str(checkpoint.path.resolve()), places, files),
-        "the map": request.map_hash,
-        "the config, or a param,": (plan.config_text, sorted((name, repr(v)) for name, v in request.params.items())),
-        "an option": (options, plan.side is not None),
-        "what mapdsl makes of it": (sorted(plan.units.of_source.items()), sorted(plan.units.of_output.items())),
-        "the size of shards": [hashlib.sha256(file.header).hexdigest() for file in layout],
-    }
-    return {what: hashlib.sha256(repr(value).encode("utf-8")).hexdigest() for what, value in found.items()}
-
-
 def _write(
-    plan: Plan, layout: list[FileLayout], journal: Journal, *, means: Means, reporter: Reporter, wanted: Wanted
+    plan: Plan,
+    layout: list[FileLayout],
+    journal: Journal,
+    identity: Mapping[str, str],
+    *,
+    means: Means,
+    reporter: Reporter,
+    wanted: Wanted,
 ) -> dict[str, Any]:
     """The pass over the tensors, into a writer; commits it when all went well. Gives what is not known beforehand."""
     destination = journal.destination
     keeps = plan.to_right and plan.request.use_complement
     kept = SideWriter(destination, journal.folder) if keeps or _keeps_for_now(plan, means, wanted) else None
+    disk = beside_disk(plan, verify=wanted.verify and means.ranks is None)
     means, beside = shared_means(means, wanted, plan)
+    outcome: dict[str, Any] = {}
     try:
         with (
-            _writer(plan, layout, journal, reporter) as writer,
+            _writer(plan, layout, journal, reporter, disk) as writer,
             Attendants(wanted, plan, layout, journal, kept, beside) as attendants,
         ):
             config = written_config(plan)
             if config is not None and config.lacks:
                 reporter.event("warning", {"message": config.lacks})
-            carried = _carry_over(plan, writer, config)
+            carried = carry_over(plan, writer, config)
             attendants.start()
             _write_tensors(
                 plan, writer, kept, means=means, reporter=reporter, journal=journal, finished=attendants.done
             )
             if kept is not None and keeps:
                 _write_side_file(plan, writer, kept)
-            writer.commit(check=lambda: attendants.finish(writer, reporter))
+
+            def complete() -> None:
+                attendants.finish(writer, reporter)
+                outcome.update(_outcome(plan, writer, attendants, wanted))
+                outcome["carried"] = carried
+                outcome["kept_bytes"] = kept.nbytes if kept is not None and keeps else None
+                note_outcome(journal.folder, identity, outcome)
+
+            writer.commit(check=complete)
     finally:
         if kept is not None:
             kept.close()
         journal.close()
+    return outcome
+
+
+def _outcome(plan: Plan, writer: CheckpointWriter, attendants: Attendants, wanted: Wanted) -> dict[str, Any]:
+    """What is not known beforehand, as JSON has it."""
     return {
         "files": writer.weight_files,
-        "carried": carried,
-        "kept_bytes": kept.nbytes if kept is not None and keeps else None,
         "checksums": wanted.checksums,
         "verified": None if attendants.verified is None else asdict(attendants.verified),
         "edited": dict(plan.adapter.complement.edited),
@@ -267,7 +304,7 @@ def _conversion(
         bytes_written=sum(tensor.nbytes for file in layout for tensor in file.tensors),
         files=tuple(outcome["files"]),
         carried=carried,
-        left_behind=_left_behind(checkpoint, carried),
+        left_behind=left_behind(checkpoint, carried),
         dropped=tuple(plan.dropped),
         kept_bytes=outcome["kept_bytes"],
         edited=outcome["edited"],
@@ -275,18 +312,21 @@ def _conversion(
         misfit=plan.misfit or ("" if keeps_headers else "Distributed Checkpoints have no safetensors headers"),
         config=written_config(plan),
         checksums=outcome["checksums"],
+        was_complete=outcome.get("was_complete", False),
         verified=None if outcome["verified"] is None else Verified.from_json(outcome["verified"]),
         seconds=time.monotonic() - started,
     )
 
 
-def _writer(plan: Plan, layout: list[FileLayout], journal: Journal, reporter: Reporter) -> CheckpointWriter:
+def _writer(
+    plan: Plan, layout: list[FileLayout], journal: Journal, reporter: Reporter, beside_bytes: int
+) -> CheckpointWriter:
     """The writer for the format that is asked for."""
     if plan.request.format == "dcp":
         from mapdsl.checkpoint.dcp_writer import DcpWriter  # imports torch.distributed
 
         return DcpWriter(
-            journal.destination, layout=layout, journal=journal, beside_bytes=side_file_disk(plan), reporter=reporter
+            journal.destination, layout=layout, journal=journal, beside_bytes=beside_bytes, reporter=reporter
         )
     write_index = plan.restored is None or plan.side is None
     return CheckpointWriter(
@@ -294,21 +334,8 @@ def _writer(plan: Plan, layout: list[FileLayout], journal: Journal, reporter: Re
         layout=layout,
         write_index=write_index,
         journal=journal,
-        beside_bytes=side_file_disk(plan),
+        beside_bytes=beside_bytes,
     )
-
-
-def _carry_over(plan: Plan, writer: CheckpointWriter, config: ModelConfig | None) -> tuple[str, ...]:
-    """Write the files that hold no tensors; gives their names."""
-    checkpoint = plan.request.checkpoint
-    others = tuple(name for name in checkpoint.other_files if name not in (SIDE_FILE, CHECKSUM_FILE))
-    writer.carry_over(checkpoint, others)
-    if config is not None and plan.config_text is not None:
-        writer.write_bytes("config.json", config.text.encode("utf-8"))
-    has_index = plan.restored is not None and plan.side is not None and writer.keeps_headers
-    if has_index and plan.side is not None and plan.side.origin.index_name is not None:
-        writer.write_bytes(plan.side.origin.index_name, plan.side.origin.index_text.encode("utf-8"))
-    return (*others, "config.json") if plan.config_text is not None else others
 
 
 def _write_tensors(
@@ -357,24 +384,5 @@ def _write_stored(side: SideFile, writer: CheckpointWriter, meter: Meter) -> Non
 
 def _write_side_file(plan: Plan, writer: CheckpointWriter, kept: SideWriter) -> None:
     checkpoint, complement = plan.request.checkpoint, plan.adapter.complement
-    origin = origin_of(plan, header_texts(checkpoint), _index(checkpoint))
+    origin = origin_of(plan, header_texts(checkpoint), index_of(checkpoint))
     kept.finish(writer.new_file(SIDE_FILE), origin, complement.found, complement.spelled, complement.decoded)
-
-
-def _index(checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """Name and text of the index that the checkpoint was opened by."""
-    path = checkpoint.path
-    names = [path.name] if not path.is_dir() else os.listdir(path)
-    found = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    return (found[0], read_text(checkpoint.folder / found[0], "index")) if found else None
-
-
-def _left_behind(checkpoint: Checkpoint, carried: tuple[str, ...]) -> tuple[str, ...]:
-    """What else is there: keys of torch's files that are not the model's; subfolders, other weights, links that lead
-    out of a checkpoint that is a folder."""
-    if not checkpoint.path.is_dir():
-        return checkpoint.left_out
-    known = {*checkpoint.files, *carried, "config.json", SIDE_FILE, CHECKSUM_FILE}
-    names = [name for name in sorted(os.listdir(checkpoint.path)) if name not in known and not name.endswith(_INDEXES)]
-    shown = (f"{name}/" if (checkpoint.path / name).is_dir() else name for name in names if name[0] != ".")
-    return (*checkpoint.left_out, *shown)

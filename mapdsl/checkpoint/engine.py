@@ -86,15 +86,31 @@ def workers_for(plan: Plan, asked: int) -> int:
 
 
 def take_over(
-    plan: Plan, writer: Writer, entries: MutableMapping[str, Entry], records: Iterable[Mapping[str, Any]]
+    plan: Plan,
+    writer: Writer,
+    entries: MutableMapping[str, Entry],
+    journal: JournalFile,
+    records: Iterable[Mapping[str, Any]],
 ) -> set[int]:
-    """Take what a journal says is done, by an earlier run or another rank, as this run's own; gives the units."""
+    """Take what records of a journal say is done, by an earlier run or another rank, as this run's; gives the units.
+
+    C507 where a record is not what a run writes.
+    """
     done: set[int] = set()
     for record in records:
-        done.add(record["unit"])
-        plan.adapter.complement.edited.update(record["edited"])
-        if isinstance(entries, SideWriter):
-            entries.restore(record["kept"])
+        try:
+            if record["unit"] not in range(plan.units.count):
+                raise ValueError(f"there is no unit {record['unit']!r:.80}")
+            done.add(record["unit"])
+            edited = {str(name): int(count) for name, count in record["edited"].items()}
+            plan.adapter.complement.edited.update(edited)
+            if isinstance(entries, SideWriter):
+                entries.restore(record["kept"])
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            message = (
+                f"a record of the unfinished conversion cannot be understood ({type(problem).__name__}: {problem})"
+            )
+            raise bad_file(journal.path, message, "start anew: leave out --resume") from problem
     writer.take_over(plan.name_of(name) for name, unit in plan.units.of_output.items() if unit in done)
     return done
 
@@ -161,10 +177,11 @@ class _Run:
 
     def take_over(self) -> None:
         """What the journal says is done."""
-        records = self.journal.done if self.journal is not None else []
-        done = take_over(self.plan, self.writer, self.entries, records)
+        if self.journal is None:
+            return
+        done = take_over(self.plan, self.writer, self.entries, self.journal, self.journal.done)
         self.omit(done)
-        for record in records if self.finished is not None else ():
+        for record in self.journal.done if self.finished is not None else ():
             self.finished(record["unit"], record["edited"])  # type: ignore[misc]
         self.progress.skip(output_bytes(self.plan, done))
 
@@ -222,6 +239,8 @@ class _Worker:
         try:
             run_plan(run.plan, self.window, self._sink, self._read_back, _OwnEntries(self), self._adapter)
             self._settle()
+            if self._open:  # nobody would be told of them, and who waits for them would wait for ever
+                raise AssertionError(f"units {[*self._open]} of the plan did not come to an end")
         except BaseException:
             run.failed.set()
             raise

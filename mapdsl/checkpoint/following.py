@@ -25,14 +25,15 @@ from mapdsl.checkpoint.engine import convert_tensors
 from mapdsl.checkpoint.journal import Journal
 from mapdsl.checkpoint.layout import FileLayout
 from mapdsl.checkpoint.live_side import LiveSide
+from mapdsl.checkpoint.memory import held_bytes
 from mapdsl.checkpoint.origins import Origins
 from mapdsl.checkpoint.passes import Plan, make_plan, outputs_of
-from mapdsl.checkpoint.progress import Meter, Reporter
+from mapdsl.checkpoint.progress import ForwardingMeter, Meter, Reporter, some_of
 from mapdsl.checkpoint.promises import Promises
 from mapdsl.checkpoint.sharing import Means
 from mapdsl.checkpoint.sidecar import Forgetful, SideFile, SideWriter
 from mapdsl.checkpoint.strict import BackChecker, StrictChecker
-from mapdsl.checkpoint.written import back_request, declared_formats, written_checkpoint
+from mapdsl.checkpoint.written import back_request, common_dtype, declared_formats, written_checkpoint
 from mapdsl.compiler.codecs import AnyCodec, parse_codec
 from mapdsl.language.diagnostics import MapError, error
 
@@ -40,9 +41,10 @@ _ADVICE = (
     "convert again. If it fails at the same place, that is a bug of mapdsl or of the map; else look at the memory "
 )
 _ADVICE += "and the disk of this machine"
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ANEW = "encoded anew"
+_NOT_GIVEN = "the way back does not give them"
+_NOT_KEPT = "an earlier run has kept nothing of them"
 _WAIT_SECONDS = 0.2
-_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ class Verified:
     """What was compared before a destination took its name.
 
     `tensors` and `bytes` of the source were held against what was written, converted back. `tensors_again` and
-    `bytes_again` are of the output, held against a second conversion, for `reason`. `kept` counts what the side file
-    keeps, read from it. `not_compared` says in sentences what was not looked at.
+    `bytes_again` are of the output, held against a second conversion, for `reason`. `kept` counts what was read of the
+    side file: all of one that was written; of one that was there, what the map drops. `not_compared` says in sentences
+    what was not looked at.
     """
 
     tensors: int
@@ -73,7 +76,8 @@ class Follower:
 
     `kept` holds what codecs keep. `start` begins, `done` is to be told of every unit, `finish` waits for the rest and
     says what was compared; `stop` gives up. Whatever differs is a MapError, R601, out of `done` or `finish`.
-    With `waits` all is looked at in `finish` alone, when the files have their last form: the checkpoint is given there.
+    With `means.is_last` all is looked at in `finish` alone, when the files have their last form: the checkpoint is
+    given there.
     """
 
     def __init__(
@@ -83,29 +87,27 @@ class Follower:
         journal: Journal,
         kept: SideWriter | None,
         means: Means,
-        *,
-        waits: bool = False,
     ) -> None:
-        self._plan, self._means, self._waits = plan, means, waits
+        self._plan, self._means, self._waits = plan, means, means.is_last
         self._folder, self._destination = journal.folder, journal.destination
         self._written = written_checkpoint(tuple(layout), journal.folder)
         self._side = LiveSide(plan, kept) if kept is not None else None
         self._done: set[int] = set()
-        self._again: set[int] = set()
+        self._again: dict[int, str] = {}  # units to be converted a second time, and why
         self._besides: set[int] = set()  # come back, but not all that was written of them does
-        self._edited = False
+        self._kept_of: dict[int, list[str]] = {}
         self._changed, self._stop = threading.Condition(), threading.Event()
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._threads = torch.get_num_threads()
-        self._back, self._reason = self._planned_back()
+        self._back, reason = self._planned_back()
         self._checker: BackChecker | None = None
-        self._meter = _Forwarding()
+        self._meter = ForwardingMeter("verifying")
         self._needs: dict[int, frozenset[int]] = {}
         if self._back is not None:
             self._prepare(self._back)
         else:
-            self._again = set(range(plan.units.count))
+            self._mark(range(plan.units.count), f"the map has no way back for them ({reason})")
 
     def start(self) -> None:
         """Begin to follow."""
@@ -115,10 +117,10 @@ class Follower:
 
     def done(self, unit: int, edited: Mapping[str, int]) -> None:
         """A unit is written; `edited` are tensors of which blocks were encoded anew."""
-        units = {self._unit_of(name, unit) for name in edited}
         with self._changed:
-            self._again |= units
-            self._edited |= bool(units)
+            self._mark({self._unit_of(name, unit) for name in edited}, _ANEW)
+            if self._side is not None and not self._side.holds(self._kept_of.get(unit, ())):
+                self._mark([unit], _NOT_KEPT)
             self._done.add(unit)
             self._changed.notify_all()
         if self._failure is not None:
@@ -138,12 +140,11 @@ class Follower:
                 self._follow()
             if self._failure is not None:
                 raise self._failure
-            edited = self._plan.adapter.complement.edited
-            self._edited |= bool(edited)
-            self._again |= {unit for name in edited if (unit := self._unit_of(name, -1)) >= 0}
+            self._mark_tensors(self._plan.adapter.complement.edited, _ANEW)
             again = self._convert_again(meter)
+            kept = self._compare_kept()
         torch.set_num_threads(self._threads)
-        return self._told(again)
+        return self._told(again, kept)
 
     def stop(self) -> None:
         """Give up, and let go of the files."""
@@ -163,7 +164,7 @@ class Follower:
         plan = self._plan
         try:
             back = make_plan(back_request(plan, self._written, self._side), to_right=not plan.to_right)
-            dtype = _common_dtype(back, plan.request.checkpoint)
+            dtype = common_dtype(back, plan.request.checkpoint)
             if back.to_right and dtype is not None:
                 back = make_plan(back_request(plan, self._written, self._side, dtype), to_right=True)
         except MapError as problem:
@@ -181,13 +182,29 @@ class Follower:
         self._needs = {unit: frozenset(units) for unit, units in needs.items()}
         self._besides = {made_by[name] for name in back.dropped if name in made_by}
         self._besides |= {plan.units.of_output[name] for name in Origins(plan, self._written).uncompared()}
-        self._again |= {unit for name in self._encoded_anew(back) if (unit := self._unit_of(name, -1)) >= 0}
+        self._mark_tensors(self._encoded_anew(back), _ANEW)
+        for name in self._side or ():
+            self._kept_of.setdefault(self._unit_of(name, -1), []).append(name)
+        for unit, size in enumerate(held_bytes(back)):
+            if size > self._means.memory:
+                self._mark(self._needs[unit], "the way back needs more memory than there is for it")
         source = plan.request.checkpoint
         origins = Origins(back, source)
         spelled = self._side.spelled if self._side is not None else {}
         self._checker = BackChecker(source, back, spelled, self._folder, Promises(back, origins), self._differs)
         for name in self._checker.unlike:
-            self._again |= self._needs[back.units.of_output[name]]
+            self._mark(self._needs[back.units.of_output[name]], _NOT_GIVEN)
+        lacking = (stored.name for stored in self._checker.missing)
+        self._mark({plan.units.of_source[name] for name in lacking if name in plan.units.of_source}, _NOT_GIVEN)
+
+    def _mark(self, units: Iterable[int], reason: str) -> None:
+        """Have some units converted a second time."""
+        for unit in units:
+            self._again.setdefault(unit, reason)
+
+    def _mark_tensors(self, names: Iterable[str], reason: str) -> None:
+        """The same of the units that write some stored tensors of the map."""
+        self._mark({unit for name in names if (unit := self._unit_of(name, -1)) >= 0}, reason)
 
     def _encoded_anew(self, back: Plan) -> Iterator[str]:
         """The tensors that are known to be encoded anew: nothing was kept of them."""
@@ -234,8 +251,8 @@ class Follower:
         with self._changed:
             while not self._waits and not needed <= self._done and not self._stop.is_set():
                 self._changed.wait(_WAIT_SECONDS)
-            if needed & self._again:
-                self._again |= needed
+            if found := next((self._again[unit] for unit in needed if unit in self._again), ""):
+                self._mark(needed, found)
                 return False
         return not self._stop.is_set()
 
@@ -264,15 +281,14 @@ class Follower:
         assert self._checker is not None or self._back is None
         if self._checker is not None and self._back is not None:
             for name in self._checker.unpromised:
-                self._again |= self._needs[self._back.units.of_output[name]]
-        units = {unit for unit in self._again | self._besides if plan.units.members()[unit][1]}
+                self._mark(self._needs[self._back.units.of_output[name]], _NOT_GIVEN)
+        self._mark(self._besides, _NOT_GIVEN)
+        units = {unit for unit in self._again if plan.units.members()[unit][1]}
         return self._held_again(units, meter) if units else None
 
     def _held_again(self, units: Collection[int], meter: Meter) -> StrictChecker:
         """Convert some units a second time, and compare; MapError where something differs."""
-        plan = self._plan
-        spelled = plan.side.spelled if plan.side is not None and plan.restored is not None else {}
-        checker = StrictChecker(self._written, list(outputs_of(plan, spelled)), self._folder, self._differs)
+        plan, checker = self._plan, self._strict_checker()
         entries: SideFile | Forgetful = plan.side if plan.side is not None else Forgetful()
         options: dict[str, Any] = {"workers": self._means.workers, "memory": self._means.memory}
         try:
@@ -282,6 +298,24 @@ class Follower:
         finally:
             checker.close()
         return checker
+
+    def _compare_kept(self) -> int | None:
+        """Hold the tensors that were dropped once against what the side file keeps of them; gives their number."""
+        side = self._plan.side
+        if side is None or not list(side.stored_names):
+            return None
+        checker = self._strict_checker()
+        try:
+            for name in side.stored_names:
+                checker.write(name, side.stored(name))
+        finally:
+            checker.close()
+        return checker.compared
+
+    def _strict_checker(self) -> StrictChecker:
+        plan = self._plan
+        spelled = plan.side.spelled if plan.side is not None and plan.restored is not None else {}
+        return StrictChecker(self._written, list(outputs_of(plan, spelled)), self._folder, self._differs)
 
     def _differs(self, difference: Difference, origins: Origins | None) -> MapError:
         """The error of a difference."""
@@ -295,13 +329,13 @@ class Follower:
         where = self._plan.request.checkpoint.path
         message = f"`{difference.place}` is {difference.expected} in {where}, what was written of it gives "
         message += f"{difference.found} when it is converted back; {count}"
-        origin = told.origin or ", ".join(told.sources[:_SHOWN])
+        origin = told.origin or some_of(told.sources)
         advice = f"it was made from {origin}\n{_ADVICE}" if origin else _ADVICE
         return error("R601", message, subject=str(self._destination), help=advice)
 
     # --- telling ---
 
-    def _told(self, again: StrictChecker | None) -> Verified:
+    def _told(self, again: StrictChecker | None, kept: int | None) -> Verified:
         checker = self._checker
         if checker is not None:
             checker.close()
@@ -311,53 +345,16 @@ class Follower:
             size,
             tensors_again=again.compared if again is not None else 0,
             bytes_again=again.bytes_compared if again is not None else 0,
-            reason=self._why() if again is not None else "",
+            reason="; ".join(dict.fromkeys(self._again.values())) if again is not None else "",
+            kept=kept,
             not_compared=tuple(self._not_compared()),
         )
-
-    def _why(self) -> str:
-        """Why something was converted a second time."""
-        if self._back is None:
-            return f"the map has no way back for them ({self._reason})"
-        return "encoded anew" if self._edited or self._plan.request.quantize else "the way back does not give them"
 
     def _not_compared(self) -> Iterator[str]:
         plan = self._plan
         if plan.dropped and not (plan.to_right and plan.request.use_complement):
             side = plan.request.sides[plan.to_right]
-            yield f"without a counterpart on the {side} side: {_some(plan.dropped)}"
-
-
-class _Forwarding(Meter):
-    """Counts, and later tells another meter."""
-
-    def __init__(self) -> None:
-        super().__init__("verifying", 0)
-        self._count, self._gate = 0, threading.Lock()
-        self._target: Meter | None = None
-
-    def __call__(self, count: int) -> None:
-        """Some bytes are compared."""
-        with self._gate:
-            self._count += count
-            if self._target is not None:
-                self._target(count)
-
-    def hand_over(self, target: Meter) -> None:
-        """Tell another meter from now on."""
-        with self._gate:
-            target.skip(self._count)
-            self._target = target
-
-
-def _common_dtype(back: Plan, source: Checkpoint) -> torch.dtype | None:
-    """The dtype that decoded tensors had, where that is not the one that was planned for."""
-    found: set[str] = set()
-    for name, dtype, shape in back.entries:
-        stored = source.tensors.get(name)
-        if stored is not None and stored.dtype != dtype and tuple(stored.shape) == tuple(shape):
-            found.add(stored.dtype)
-    return _FLOATS.get(found.pop()) if len(found) == 1 else None
+            yield f"without a counterpart on the {side} side: {some_of(plan.dropped)}"
 
 
 def _noted(problem: BaseException) -> BaseException:
@@ -367,9 +364,3 @@ def _noted(problem: BaseException) -> BaseException:
     note = f"this was found in what was written, when it was verified; {_ADVICE}"
     *others, last = problem.diagnostics
     return MapError([*others, replace(last, help="\n".join(filter(None, (last.help, note))))])
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - _SHOWN:,} more" if len(listed) > _SHOWN else ""
-    return ", ".join(listed[:_SHOWN]) + more

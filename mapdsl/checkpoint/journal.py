@@ -15,13 +15,15 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mapdsl.checkpoint.files import bad_file, reason
-from mapdsl.checkpoint.ranks import Ranks
-from mapdsl.language.diagnostics import MapError
+from mapdsl.checkpoint.identity import FOLLOWING
+from mapdsl.checkpoint.ranks import Ranks, may_go_on
+from mapdsl.language.diagnostics import Diagnostic, MapError
 
 try:
     import fcntl
@@ -58,6 +60,8 @@ class JournalFile:
     @property
     def advice(self) -> str:
         """How to go on after a failure."""
+        if not self.path.exists():
+            return f"{self.folder}, with what was done, is no longer there: begin anew, without --resume"
         return f"what is done is kept: the same command with --resume goes on (to give up, remove {self.folder})"
 
     @property
@@ -88,6 +92,17 @@ class JournalFile:
             yield
         except OSError as problem:
             raise bad_file(self.destination, f"cannot {task}: {reason(problem)}") from problem
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """For errors after which a later run can go on, and which do not say so: of a source that has gone, say."""
+        try:
+            yield
+        except MapError as problem:
+            if not (may_go_on(problem) and self.done and self.path.exists()):
+                raise
+            found = [d if "--resume" in d.help else _with_help(d, self.advice) for d in problem.diagnostics]
+            raise MapError(found) from problem.__cause__
 
     @contextlib.contextmanager
     def _locking(self) -> Iterator[None]:
@@ -126,7 +141,7 @@ class Journal(JournalFile):
         with self._naming("make the files"):
             if not exists:
                 if resume:
-                    raise bad_file(destination, "there is no unfinished conversion to go on with", "leave out --resume")
+                    raise _nothing_left(destination)
                 self.folder.mkdir()
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         with self._locking():
@@ -176,26 +191,11 @@ class Journal(JournalFile):
             os.ftruncate(self._descriptor, sum(len(line) + 1 for line in lines))
         if not lines:
             return
-        try:
-            first, *rest = [json.loads(line) for line in lines]
-            if first["format"] != _FORMAT:
-                raise ValueError(f"its format is {first['format']!r}")
-            was = dict(first["identity"])
-            done = [dict(record) for record in rest] + self._take_over_segments()
-        except MapError:
-            raise
-        except (ValueError, TypeError, KeyError) as problem:
-            message = f"the journal of an unfinished conversion cannot be read ({problem})"
-            raise bad_file(self.path, message, f"start anew: remove {self.folder}") from problem
-        if not done:
-            return
-        if not resume:
-            message = f"an unfinished conversion to this destination is there, {len(done):,} units of it done"
-            raise bad_file(self.destination, message, f"--resume goes on with it; to give up, remove {self.folder}")
-        changed = [what for what in identity if was.get(what) != identity[what]]
-        if changed:
-            message = f"the unfinished conversion was another: {' and '.join(changed)} changed"
-            raise bad_file(self.destination, message, f"give the same options, or start anew: remove {self.folder}")
+        with _naming_journal(self.path):
+            was, done = _parsed(lines)
+            done += self._take_over_segments()
+        if done:
+            _require_going_on(self.destination, len(done), was, identity, resume=resume)
         self.done = done
 
     def _segments(self) -> list[Path]:
@@ -244,12 +244,95 @@ class Segment(JournalFile):
             pass
 
 
-def _lock(descriptor: int, destination: Path) -> None:
+def units_left_done(destination: Path, identity: Mapping[str, str], *, resume: bool) -> int:
+    """How many units of this conversion an earlier run has done and left; changes nothing.
+
+    Raises what a `Journal` raises: a MapError, C507.
+    """
+    folder = partial_folder(destination)
+    if not folder.exists():
+        if resume:
+            raise _nothing_left(destination)
+        return 0
+    first = segment_path(folder, 0)
+    if not (lines := _lines_left(first, destination)):
+        return 0
+    with _naming_journal(first):
+        was, records = _parsed(lines)
+    others = sorted(folder.glob(f"{JOURNAL_FILE}-*"))
+    done = len(records) + sum(len(_lines_left(path, destination)) for path in others)
+    if done:
+        _require_going_on(destination, done, was, identity, resume=resume)
+    return done
+
+
+def _lines_left(path: Path, destination: Path) -> list[bytes]:
+    """The whole lines of a journal's file, in which nobody writes any more; none where it is not there."""
+    try:
+        with path.open("rb") as file:
+            _lock(file.fileno(), destination, is_shared=True)
+            return file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as problem:
+        raise bad_file(destination, f"cannot read the journal: {reason(problem)}") from problem
+
+
+def require_same(
+    destination: Path, was: Mapping[str, str], identity: Mapping[str, str], message: str, advice: str
+) -> None:
+    """C507 where one conversion is not the other, with what is not the same."""
+    changed = [what for what in identity if was.get(what) != identity[what]]
+    # What follows from another source, say, is not worth a word.
+    if changed := [what for what in changed if what not in FOLLOWING] or changed:
+        raise bad_file(destination, f"{message}: {' and '.join(changed)} changed", advice)
+
+
+def _require_going_on(
+    destination: Path, done: int, was: Mapping[str, str], identity: Mapping[str, str], *, resume: bool
+) -> None:
+    """C507 where what an earlier run has done is of no use to this one, or in its way."""
+    folder = partial_folder(destination)
+    if not resume:
+        message = f"an unfinished conversion to this destination is there, {done:,} units of it done"
+        raise bad_file(destination, message, f"--resume goes on with it; to give up, remove {folder}")
+    advice = f"give the same options, or start anew: remove {folder}"
+    require_same(destination, was, identity, "the unfinished conversion was another", advice)
+
+
+def _with_help(diagnostic: Diagnostic, advice: str) -> Diagnostic:
+    return replace(diagnostic, help="\n".join(filter(None, (diagnostic.help, advice))))
+
+
+def _parsed(lines: Sequence[bytes]) -> tuple[dict[str, str], list[Any]]:
+    """The identity of a conversion, and the records of what is done."""
+    first, *rest = [json.loads(line) for line in lines]
+    if first["format"] != _FORMAT:
+        raise ValueError(f"its format is {first['format']!r}")
+    return dict(first["identity"]), [dict(record) for record in rest]
+
+
+@contextlib.contextmanager
+def _naming_journal(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except MapError:
+        raise
+    except (ValueError, TypeError, KeyError) as problem:
+        message = f"the journal of an unfinished conversion cannot be read ({problem})"
+        raise bad_file(path, message, f"start anew: remove {path.parent}") from problem
+
+
+def _nothing_left(destination: Path) -> MapError:
+    return bad_file(destination, "there is no unfinished conversion to go on with", "leave out --resume")
+
+
+def _lock(descriptor: int, destination: Path, *, is_shared: bool = False) -> None:
     """Take the lock of an open file. C507 where another run has it."""
     if fcntl is None:
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as problem:
         message = "another run is converting to this destination"
         raise bad_file(destination, message, "wait for it, or choose another destination") from problem

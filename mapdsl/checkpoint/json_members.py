@@ -4,38 +4,57 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-_SPACE = re.compile(r"[ \t\r\n]*")
-_DECODER = json.JSONDecoder()
+# Colons and white space tell nothing.
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],]|[^\s"{}\[\],:]+')
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Member:
-    """Where a member's name begins, where its value begins and where that ends."""
+    """Where a member's name begins and where its value ends."""
 
     name: str
     begin: int
-    value: int
-    end: int
+    end: int = -1
+
+
+@dataclass
+class _Container:
+    """An object, or an array, which has no members; `path` is None for one that is not looked into."""
+
+    begin: int
+    is_object: bool
+    path: str | None
+    end: int = -1
+    members: list[_Member] = field(default_factory=list)
 
 
 def without_members(text: str, name: str) -> tuple[str, list[str]]:
     """The text of an object without its members called `name`, nor those of objects in it; and their dotted paths.
 
-    `text` is valid JSON. Objects within arrays are not looked into.
+    `text` is valid JSON. Objects within arrays, and within what is taken out, are not looked into.
     """
-    taken: list[str] = []
-    return _without(text, _after(text, 0), name, "", taken), taken
+    cuts: list[tuple[int, int]] = []
+    taken: list[tuple[int, str]] = []
+    for holder in _objects(text, name):
+        taken += [(member.begin, f"{holder.path}{name}") for member in holder.members if member.name == name]
+        cuts += _cuts(holder, name)
+    kept, at = [], 0
+    for begin, end in sorted(cuts):
+        kept.append(text[at:begin])
+        at = end
+    return "".join([*kept, text[at:]]), [path for _, path in sorted(taken)]
 
 
 def with_member(text: str, name: str, value: Any) -> str:
     """The text of an object with one more member at its end, indented as the others are."""
-    begin = text.index("{")
-    members = _members(text, begin)
-    first = members[0].begin if members else begin + 1
-    lead = text[begin + 1 : first] if members else "\n  "
+    *_, whole = _objects(text)
+    begin, members = whole.begin, whole.members
+    lead = text[begin + 1 : members[0].begin] if members else "\n  "
     indent = lead.rpartition("\n")[2] if "\n" in lead else None
     if indent is None:
         packed = json.dumps(value, ensure_ascii=False)
@@ -44,48 +63,54 @@ def with_member(text: str, name: str, value: Any) -> str:
     added = f"{lead or ' ' * bool(members)}{json.dumps(name)}: {packed}"
     if members:
         return f"{text[: members[-1].end]},{added}{text[members[-1].end :]}"
-    return f"{text[: begin + 1]}{added}\n{text[_after(text, begin + 1) :]}"
+    return f"{text[: begin + 1]}{added}\n{text[whole.end :]}"
 
 
-def _without(text: str, begin: int, name: str, path: str, taken: list[str]) -> str:
-    """`text` without the members of the object that begins at `begin`."""
-    for member in reversed(_members(text, begin)):  # from the end: what lies before keeps its place
+def _cuts(holder: _Container, name: str) -> Iterator[tuple[int, int]]:
+    """What to cut out of an object: its members called `name`, each with one comma."""
+    members = holder.members
+    kept = [place for place, member in enumerate(members) if member.name != name]
+    if not kept:
+        if members:
+            yield holder.begin + 1, holder.end
+        return
+    for member, follower in pairwise(members[: kept[-1] + 1]):
         if member.name == name:
-            taken.insert(0, path + name)
-            text = _cut(text, begin, member)
-        elif text[member.value] == "{":
-            text = _without(text, member.value, name, f"{path}{member.name}.", taken)
-    return text
+            yield member.begin, follower.begin
+    yield members[kept[-1]].end, members[-1].end
 
 
-def _cut(text: str, begin: int, member: _Member) -> str:
-    """`text` without one member of the object that begins at `begin`, nor its comma."""
-    follows = _after(text, member.end)
-    if text[follows] == ",":
-        return text[: member.begin] + text[_after(text, follows + 1) :]
-    before = [other for other in _members(text, begin) if other.begin < member.begin]
-    if before:
-        return text[: before[-1].end] + text[member.end :]
-    return text[: begin + 1] + text[follows:]
+def _objects(text: str, but: str | None = None) -> Iterator[_Container]:
+    """The objects of a text, each when it ends, but for those within arrays and within members called `but`.
+
+    Nothing is called again for what is nested: a text may nest as deeply as Python's own reader lets it.
+    """
+    holders: list[_Container] = []
+    is_name = False  # what comes next names a member
+    for token in _TOKEN.finditer(text):
+        mark, begin = text[token.start()], token.start()
+        if mark == ",":
+            is_name = holders[-1].is_object
+            continue
+        if mark in "{[":
+            holders.append(_Container(begin, mark == "{", _path(holders[-1], but) if holders else ""))
+            is_name = mark == "{"
+            continue
+        if is_name and mark != "}":
+            holders[-1].members.append(_Member(json.loads(token[0]), begin))
+            is_name = False
+            continue
+        if mark in "}]":
+            is_name, ended = False, holders.pop()
+            ended.end = begin
+            if ended.is_object and ended.path is not None:
+                yield ended
+        if holders and holders[-1].is_object:
+            holders[-1].members[-1].end = token.end()
 
 
-def _members(text: str, begin: int) -> list[_Member]:
-    """The members of the object that begins at `begin`."""
-    members: list[_Member] = []
-    at = _after(text, begin + 1)
-    while text[at] != "}":
-        name, end = _DECODER.raw_decode(text, at)
-        value = _after(text, _after(text, end) + 1)
-        _, stop = _DECODER.raw_decode(text, value)
-        members.append(_Member(name, at, value, stop))
-        at = _after(text, stop)
-        if text[at] == ",":
-            at = _after(text, at + 1)
-    return members
-
-
-def _after(text: str, at: int) -> int:
-    """Where what follows the white space at a place begins."""
-    found = _SPACE.match(text, at)
-    assert found is not None  # it matches nothing, too
-    return found.end()
+def _path(holder: _Container, but: str | None) -> str | None:
+    """The path of what the last member of a container holds."""
+    if holder.path is None or not holder.is_object or holder.members[-1].name == but:
+        return None
+    return f"{holder.path}{holder.members[-1].name}."

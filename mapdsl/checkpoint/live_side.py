@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,10 @@ class LiveSide(SideFile):
     def entry(self, name: str, *, is_meta: bool) -> Entry:
         """See `SideFile.entry`."""
         return self._outline(name) if is_meta else self._kept(name)
+
+    def holds(self, names: Iterable[str]) -> bool:
+        """Whether what is kept of some tensors is there: an earlier run may have converted them and kept nothing."""
+        return self._writer.holds(names)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._forms_of)

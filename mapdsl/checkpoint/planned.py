@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mapdsl.checkpoint.checkpoint import no_collection, open_checkpoint
+from mapdsl.checkpoint.completion import check_resumable
 from mapdsl.checkpoint.engine import workers_for
+from mapdsl.checkpoint.files import bad_file
+from mapdsl.checkpoint.identity import identity_of
+from mapdsl.checkpoint.journal import units_left_done
 from mapdsl.checkpoint.layout import FileLayout, disk_needed
 from mapdsl.checkpoint.memory import held_bytes, memory_budget
 from mapdsl.checkpoint.options import (
@@ -49,7 +53,8 @@ class Planned:
 
     `copied_tensors` come out as they are stored. `kept_bytes` is what the side file will hold, at least (None: none is
     written). `needed_bytes` is what the destination's disk must have while the output is written, `free_bytes` what it
-    has (None: no destination was given). `memory_bytes` bounds the memory of all units under way.
+    has (None: no destination was given). `memory_bytes` bounds the memory of all units under way. `done_units`
+    counts those that an earlier run has done, with which `--resume` goes on.
     """
 
     source: Path
@@ -71,6 +76,7 @@ class Planned:
     needed_bytes: int
     memory_bytes: int
     free_bytes: int | None = None
+    done_units: int = 0
 
     @property
     def held_bytes(self) -> int:
@@ -102,15 +108,20 @@ def plan_conversion(
     format: str = "safetensors",  # noqa: A002 (as `convert` has it)
     workers: int | None = None,
     memory: int | str | None = None,
+    resume: bool = False,
+    verify: bool = False,
 ) -> Planned:
     """Plan a conversion of a checkpoint, or of a listing; see `convert` for the arguments.
 
     Raises what `convert` raises before it reads data: a MapError for all that speaks against the conversion, C507 where
-    the destination is in the way of something or its disk too small; an OptionError.
+    the destination is in the way of something, an unfinished conversion in its own, or its disk too small; an
+    OptionError.
     """
     checkpoint = with_tensors(open_checkpoint(source))
     place = None if destination is None else Path(destination)
     if place is not None:
+        if resume:
+            check_resumable(place)
         check_destination(checkpoint, place)
     request = make_request(
         map,
@@ -126,14 +137,25 @@ def plan_conversion(
     bound = memory_bound(memory)
     plan = checked_plan(request, to)
     layout = planned_layout(plan, shard_bytes)
-    planned = planned_of(plan, layout, workers=workers, destination=place, memory=memory_budget(plan, bound))
-    if place is not None:
+    beside = beside_disk(plan, verify=verify)
+    planned = planned_of(
+        plan, layout, workers=workers, destination=place, memory=memory_budget(plan, bound), beside=beside
+    )
+    if place is None:
+        return planned
+    identity = identity_of(plan, layout) if checkpoint.has_data else {}
+    done = units_left_done(place, identity, resume=resume)
+    if not done:  # else all files have been made
         check_disk(place, planned.needed_bytes)
-    return planned
+    if not os.access(place.absolute().parent, os.W_OK | os.X_OK):
+        raise bad_file(place, "cannot make the files: its folder cannot be written to")
+    return replace(planned, done_units=done)
 
 
-def planned_of(plan: Plan, layout: list[FileLayout], *, workers: int, destination: Path | None, memory: int) -> Planned:
-    """What a plan comes to, when units under way have so much memory."""
+def planned_of(
+    plan: Plan, layout: list[FileLayout], *, workers: int, destination: Path | None, memory: int, beside: int
+) -> Planned:
+    """What a plan comes to, when units under way have so much memory, and files beside the tensors so much disk."""
     request, checkpoint = plan.request, plan.request.checkpoint
     left, right = request.sides
     return Planned(
@@ -154,13 +176,18 @@ def planned_of(plan: Plan, layout: list[FileLayout], *, workers: int, destinatio
         workers=workers_for(plan, workers),
         format=request.format,
         memory_bytes=memory,
-        needed_bytes=disk_needed(layout, is_packed=request.format == "dcp") + side_file_disk(plan),
+        needed_bytes=disk_needed(layout, is_packed=request.format == "dcp") + beside,
         free_bytes=None if destination is None else free_bytes(destination),
     )
 
 
-def side_file_disk(plan: Plan) -> int:
-    """Disk that the side file needs, at least: what it keeps is first put aside, then written."""
+def beside_disk(plan: Plan, *, verify: bool) -> int:
+    """Disk that is needed beside the tensors, at least: what the side file keeps is first put aside, then written.
+
+    To `verify`, what codecs keep is put aside where no side file is wanted, too.
+    """
+    if plan.to_right and verify and not plan.request.use_complement:
+        return plan.kept_bytes
     return 2 * (_kept_bytes(plan) or 0)
 
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ _LINE_SECONDS = 60.0  # between two lines of a log, and before the first
 _BAR_SECONDS = 0.25
 _RECENT_SECONDS = 30.0  # of work by which the rate is told
 _SAMPLE_SECONDS = 1.0
+_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,28 @@ class Meter:
             return Progress(self.task, self._skipped + worked, self.total, rate)
 
 
+class ForwardingMeter(Meter):
+    """Counts what goes on beside another task, and later tells the meter of its own."""
+
+    def __init__(self, task: str) -> None:
+        super().__init__(task, 0)
+        self._count, self._gate = 0, threading.Lock()
+        self._target: Meter | None = None
+
+    def __call__(self, count: int) -> None:
+        """Some bytes are done."""
+        with self._gate:
+            self._count += count
+            if self._target is not None:
+                self._target(count)
+
+    def hand_over(self, target: Meter) -> None:
+        """Tell another meter from now on."""
+        with self._gate:
+            target.skip(self._count)
+            self._target = target
+
+
 class UnitProgress:
     """Tells a meter of a unit while it is made: large stacks take long, and are done by and by as their parts are read.
 
@@ -130,7 +153,8 @@ def reporting(task: str, total: int, *, progress: bool = False, report: Report |
     meter = Meter(task, total)
     displays: list[_Display] = [_Events(report)] if report is not None else []
     if progress and sys.stderr is not None:
-        displays.append(_Bar(meter.progress(), sys.stderr) if sys.stderr.isatty() else _Log(sys.stderr))
+        with _whatever_becomes_of_it():
+            displays.append(_Bar(meter.progress(), sys.stderr) if sys.stderr.isatty() else _Log(sys.stderr))
     tickers = [_Ticker(meter, display) for display in displays]
     try:
         yield meter
@@ -223,7 +247,7 @@ class _Log(_Display):
         self._stream = stream
 
     def show(self, progress: Progress) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a log that is full or closed is no reason to stop
+        with _whatever_becomes_of_it():
             self._stream.write(f"{time.strftime('%H:%M')}  {progress.line()}\n")
             self._stream.flush()
 
@@ -251,10 +275,17 @@ class _Bar(_Display):
 
     def show(self, progress: Progress) -> None:
         self._bar.n, self._bar.recent = progress.bytes_done, progress.bytes_per_second
-        self._bar.refresh()
+        with _whatever_becomes_of_it():
+            self._bar.refresh()
 
     def close(self) -> None:
-        self._bar.close()
+        with _whatever_becomes_of_it():
+            self._bar.close()
+
+
+def _whatever_becomes_of_it() -> contextlib.AbstractContextManager[None]:
+    """A log that is full, or a terminal that has gone, is no reason to stop."""
+    return contextlib.suppress(OSError, ValueError)
 
 
 def plain(value: Any) -> Any:
@@ -268,6 +299,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, os.PathLike) else value
+
+
+def some_of(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - _SHOWN:,} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more
 
 
 def human(count: int) -> str:

@@ -92,13 +92,14 @@ def join_ranks(environment: Mapping[str, str] | None = None) -> Ranks | None:
 
     Waits for all of them to come. Raises a MapError, C507, where they do not.
     """
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
-
     environment = os.environ if environment is None else environment
     count = world_size(environment)
     if count < 2:
         return None
+    # Not for a process that is alone: some builds of torch do without.
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     where = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
     try:
         rank = int(environment["RANK"])

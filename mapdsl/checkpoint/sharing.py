@@ -23,11 +23,15 @@ from mapdsl.checkpoint.writer import CheckpointWriter
 
 @dataclass(frozen=True)
 class Means:
-    """With what a conversion is done: workers and bytes of memory of this process, and the ranks that share it."""
+    """With what a conversion is done: workers and bytes of memory of this process, and the ranks that share it.
+
+    `is_last` says of what verifies it that it comes after it, not beside.
+    """
 
     workers: int
     memory: int
     ranks: Ranks | None = None
+    is_last: bool = False
 
 
 def lead(
@@ -41,7 +45,7 @@ def lead(
 ) -> None:
     """Convert all units of a plan, as the first rank: in the end the writer and the entries have what all have done."""
     ranks = _ranks_of(means)
-    done = take_over(plan, writer, entries, journal.done)
+    done = take_over(plan, writer, entries, journal, journal.done)
     progress.skip(output_bytes(plan, done))
     division = divide(plan, writer.layout, done, ranks.nodes)
     _flush(journal, writer.layout, ranks)
@@ -51,7 +55,7 @@ def lead(
     try:
         _convert_part(plan, writer, entries, division.parts[0], ranks, part)
         ranks.hear_all([int(text) for text in ranks.collect("written")])
-        take_over(plan, writer, entries, journal.collect())
+        take_over(plan, writer, entries, journal, journal.collect())
         if division.last:
             _convert_part(plan, writer, entries, division.last, ranks, part)
     except BaseException as problem:

@@ -117,6 +117,7 @@ class SideWriter(WriteOnly):
         self._spools: dict[int, IO[bytes]] = {}
         self._kept: dict[int, dict[str, _Spooled]] = {width: {} for width in _WIDTHS}
         self._entries: dict[str, tuple[str, int]] = {}
+        self._texts: dict[str, str] = {}
         self._stored: dict[str, int] = {}
         self._lock = threading.Lock()
         self.nbytes = 0
@@ -133,7 +134,7 @@ class SideWriter(WriteOnly):
                     check = self._add(f"{name}|{role}", tensor, check)
                 else:  # most tensors have nothing but scales to keep: no need for an entry that says so
                     form["empty"][role] = [dtype_name(tensor.dtype), list(tensor.shape)]
-        self._entries[name] = (json.dumps(form, sort_keys=True), check)
+        self._entries[name] = (self._shared(json.dumps(form, sort_keys=True)), check)
 
     def add_stored(self, name: str, tensor: Tensor) -> None:
         """Keep a stored tensor as it is."""
@@ -190,13 +191,26 @@ class SideWriter(WriteOnly):
                 spool.flush()
         return [[name, *self._entries[name], self._spooled_of(name)] for name in names]
 
+    def holds(self, names: Iterable[str]) -> bool:
+        """Whether entries of all of these tensors were taken."""
+        return all(name in self._entries for name in names)
+
     def restore(self, record: Iterable[Any]) -> None:
-        """Take over what an earlier run has kept: what `record` gave."""
+        """Take over what an earlier run has kept: what `record` gave. ValueError or the like for anything else."""
         for name, text, check, spooled in record:
-            self._entries[name] = (text, check)
+            json.loads(text)
+            self._entries[str(name)] = (self._shared(text), int(check))
             for width, role, *rest in spooled:
-                self._kept[width][role] = _Spooled(*rest)
-                self.nbytes += self._kept[width][role].nbytes
+                place = _Spooled(*rest)
+                torch_dtype(place.dtype)
+                if min(place.rank, place.begin, place.nbytes, *place.shape) < 0:
+                    raise ValueError(f"{role} lies nowhere")
+                self._kept[width][str(role)] = place
+                self.nbytes += place.nbytes
+
+    def _shared(self, text: str) -> str:
+        """One text for all that are the same: there are few."""
+        return self._texts.setdefault(text, text)
 
     def _spooled_of(self, name: str) -> list[Any]:
         roles = [f"{name}|{role}" for role in json.loads(self._entries[name][0]).get("roles", ())]

@@ -24,7 +24,7 @@ from mapdsl.checkpoint.layout import Entry
 from mapdsl.checkpoint.options import check_direction, make_request
 from mapdsl.checkpoint.origins import Origins
 from mapdsl.checkpoint.passes import Plan, header_texts, make_plan, outputs_of
-from mapdsl.checkpoint.progress import reporting
+from mapdsl.checkpoint.progress import reporting, some_of
 from mapdsl.checkpoint.sidecar import SIDE_FILE, Forgetful, SideFile
 from mapdsl.checkpoint.sources import open_tensors
 from mapdsl.checkpoint.window import Window
@@ -34,7 +34,6 @@ from mapdsl.runtime.errors import ConversionError
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _WORDS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ def _decoded(plan: Plan, held: Checkpoint, progress: bool) -> Verification:
         differences = Origins(back, source).told(checker.differences)
     told = f"the source has no {SIDE_FILE}: the destination was decoded and held against the source; its scales and "
     told += "codes may be others for the same values"
-    dropped = [f"dropped by the map: {_some(back.dropped)}"] if back.dropped else []
+    dropped = [f"dropped by the map: {some_of(back.dropped)}"] if back.dropped else []
     return Verification(
         source=source.path,
         destination=held.path,
@@ -320,16 +319,16 @@ def _not_kept(plan: Plan, kept: KeptChecker) -> Iterator[str]:
         if count := len(plan.formats):
             yield f"what decoding loses of {count:,} tensors (scales, other codes for a value): no {SIDE_FILE}"
         if plan.dropped:
-            yield f"dropped by the map: {_some(plan.dropped)}"
+            yield f"dropped by the map: {some_of(plan.dropped)}"
     elif not plan.to_right and plan.side is None and plan.dropped:
-        yield f"without a counterpart on the {plan.request.sides[0]} side: {_some(plan.dropped)}"
+        yield f"without a counterpart on the {plan.request.sides[0]} side: {some_of(plan.dropped)}"
 
 
 def _other_files(held: Checkpoint) -> Iterator[str]:
     files = [name for name in held.other_files if name not in (SIDE_FILE, CHECKSUM_FILE)]
     files += ["config.json"] if held.config is not None else []
     if files:
-        yield f"files without tensors: {_some(files)}"
+        yield f"files without tensors: {some_of(files)}"
 
 
 def _hints(plan: Plan, differences: Iterable[Difference], *, is_decoded: bool = False) -> Iterator[str]:
@@ -340,9 +339,3 @@ def _hints(plan: Plan, differences: Iterable[Difference], *, is_decoded: bool = 
         yield f"were tensors decoded to another dtype? --dtype {word}"
     if is_decoded and any(d.kind == "bytes" for d in differences):
         yield "was it quantised by `mapdsl convert --quantize`? then give --quantize here, too"
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - _SHOWN:,} more" if len(listed) > _SHOWN else ""
-    return ", ".join(listed[:_SHOWN]) + more

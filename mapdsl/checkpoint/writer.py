@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from mapdsl.checkpoint.checkpoint import Checkpoint
+from mapdsl.checkpoint.completion import clean_up
 from mapdsl.checkpoint.dtypes import DTYPE_NAMES, stored_shape, torch_dtype, torch_shape
 from mapdsl.checkpoint.file_writing import allocate, copy_range, flush, flush_folder, write_tensor
 from mapdsl.checkpoint.files import bad_file, is_plain_name, leaves_folder, reason
 from mapdsl.checkpoint.headers import StoredTensor
 from mapdsl.checkpoint.interrupts import deferred_interrupts
-from mapdsl.checkpoint.journal import WORK_PREFIX, JournalFile, partial_folder
+from mapdsl.checkpoint.journal import JournalFile, partial_folder
 from mapdsl.checkpoint.layout import (
     INDEX_FILE,
     MAX_SHARD_BYTES,
@@ -133,7 +134,7 @@ class CheckpointWriter:
         """
         stored = self._begun(name, tensor)
         try:
-            with self._removing(f"write tensor `{name}`"):
+            with self._removing(f"copy tensor `{name}`", source):
                 if not copy_range(source, offset, self._folder / stored.file, stored.begin, stored.nbytes):
                     write_tensor(self._folder / stored.file, stored.begin, tensor)
         except BaseException:
@@ -234,9 +235,7 @@ class CheckpointWriter:
             with deferred_interrupts():
                 os.rename(self._folder, self.destination)
                 self._state = "committed"
-                for path in self.destination.glob(f"{WORK_PREFIX}*"):
-                    with contextlib.suppress(OSError):
-                        path.unlink()
+                clean_up(self.destination)
         self._close_journal()
         flush_folder(self.destination.parent)
         return self.destination
@@ -307,6 +306,9 @@ class CheckpointWriter:
     def _check_destination(self) -> None:
         if os.path.lexists(self.destination):
             advice = "choose another destination, or remove this one first"
+            if self._journal is not None and self._journal.worth_keeping:  # it came while this one was made
+                advice = f"remove it first; {self._journal.advice}"
+                self.leave()
             raise bad_file(self.destination, "the destination exists already; nothing is overwritten", advice)
         parent = self.destination.parent
         if not parent.is_dir():
@@ -356,19 +358,23 @@ class CheckpointWriter:
             self._files.add(name)
 
     @contextlib.contextmanager
-    def _removing(self, task: str) -> Iterator[None]:
-        """Turns a failure of the file system into an error that says what to do, and leaves nothing behind."""
+    def _removing(self, task: str, source: Path | None = None) -> Iterator[None]:
+        """Turns a failure of the file system into an error that says what to do, and leaves nothing behind.
+
+        `source` is a file that is read, and may be at fault.
+        """
         try:
             yield
         except OSError as problem:
             message = f"cannot {task}: {reason(problem)}"
+            at_fault = source if source is not None and problem.filename == str(source) else self.destination
             advice = "nothing is left of it; free space, or choose another destination"
             if self._journal is not None and self._journal.worth_keeping:
                 advice = self._journal.advice
                 self.leave()
             else:
                 self.abort()
-            raise bad_file(self.destination, message, advice) from problem
+            raise bad_file(at_fault, message, advice) from problem
 
 
 def _new_folder(destination: Path) -> Path:

@@ -18,6 +18,8 @@ from mapdsl.checkpoint.sidecar import Entry, Forgetful, SideFile
 from mapdsl.checkpoint.window import PlanningWindow
 from mapdsl.compiler import ir
 
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 class FoundFormats(Forgetful):
     """The `entries` of a complement, of which only this is noted: the format of each tensor that is decoded."""
@@ -101,3 +103,13 @@ def declared_formats(resolved: ir.Map) -> dict[str, ir.CodecSpec | None]:
 
 def _outlines(plan: Plan) -> dict[str, StoredTensor]:
     return {name: StoredTensor(name, dtype, tuple(shape)) for name, dtype, shape in outputs_of(plan, {})}
+
+
+def common_dtype(back: Plan, source: Checkpoint) -> torch.dtype | None:
+    """The dtype that decoded tensors had, where that is not the one that was planned for."""
+    found: set[str] = set()
+    for name, dtype, shape in back.entries:
+        stored = source.tensors.get(name)
+        if stored is not None and stored.dtype != dtype and tuple(stored.shape) == tuple(shape):
+            found.add(stored.dtype)
+    return _FLOATS.get(found.pop()) if len(found) == 1 else None

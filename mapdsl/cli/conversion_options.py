@@ -41,6 +41,12 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     memory = "the memory of tensors being made, of all workers: 500MB, 2GiB, or bytes (default: 2GiB, or what the "
     memory += "largest needs). Files that are mapped and torch itself come on top; see docs/checkpoints.md"
     parser.add_argument("--memory", metavar="SIZE", help=memory)
+    verify = "read what is written, convert it back, and compare it with SRC, before DST takes its name"
+    parser.add_argument("--verify", action="store_true", help=verify)
+    checksums = "write the SHA-256 of every tensor to DST/mapdsl.checksums.json; `mapdsl checksums` compares them"
+    parser.add_argument("--checksums", action="store_true", help=checksums)
+    resume = "go on with a conversion to DST that was killed, interrupted, or stopped by a full disk"
+    parser.add_argument("--resume", action="store_true", help=resume)
 
 
 def add_report_options(parser: argparse.ArgumentParser, *, quiet: str, json: str) -> None:
@@ -68,6 +74,8 @@ def output_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "format": arguments.format,
         "workers": arguments.workers,
         "memory": arguments.memory,
+        "resume": arguments.resume,
+        "verify": arguments.verify,
     }
 
 

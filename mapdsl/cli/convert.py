@@ -44,12 +44,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("destination", metavar="DST", help="the folder to make")
     add_conversion_options(parser)
     add_output_options(parser)
-    verify = "read what is written, convert it back, and compare it with SRC, before DST takes its name"
-    parser.add_argument("--verify", action="store_true", help=verify)
-    checksums = "write the SHA-256 of every tensor to DST/mapdsl.checksums.json; `mapdsl checksums` compares them"
-    parser.add_argument("--checksums", action="store_true", help=checksums)
-    resume = "go on with a conversion to DST that was killed, interrupted, or stopped by a full disk"
-    parser.add_argument("--resume", action="store_true", help=resume)
     quiet = "print nothing but errors: no progress, no summary"
     add_report_options(parser, quiet=quiet, json="print events as JSON, one a line: see docs/checkpoints.md")
 
@@ -67,8 +61,6 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.destination,
                 arguments.map,
                 **options,
-                resume=arguments.resume,
-                verify=arguments.verify,
                 checksums=arguments.checksums,
                 progress=not arguments.quiet and is_first,
                 report=report if is_first else None,
@@ -88,6 +80,8 @@ def story(done: Conversion) -> list[str]:
     read, written = _amount(done.tensors_read, done.bytes_read), _amount(done.tensors_written, done.bytes_written)
     files = f"{len(done.files)} file{'s' * (len(done.files) > 1)}"
     lines.append(f"  {read} read, {written} written to {files}, in {done.seconds:.1f} s")
+    if done.was_complete:
+        lines.append("  all of it was done by the run that was killed; what that left over is removed")
     if done.carried:
         lines.append(f"  carried over: {_some(done.carried)}")
     if done.left_behind:

@@ -88,13 +88,14 @@ def _tell(folder: Path, *, keep: bool) -> int:
 
 def _check(released: Path) -> bool:
     """`mapdsl check`, by itself and against the checkpoint."""
-    from mapdsl.cli.check import run as check
+    from mapdsl.cli import check
 
+    parser = argparse.ArgumentParser()
+    check.add_parser(parser.add_subparsers())
     for number, against in ((2, None), (3, str(released))):
         _step(number, f"mapdsl check {MAP}{f' --against {released.name}' if against else ''}")
         started = time.perf_counter()
-        options = argparse.Namespace(files=[MAP], config=None, param=[], against=against, json=False)
-        if check(options):
+        if check.run(parser.parse_args(["check", MAP, *(["--against", against] if against else [])])):
             return False
         _note(f"{time.perf_counter() - started:.2f} s, without reading a tensor")
     return True

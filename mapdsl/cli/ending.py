@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mapdsl.checkpoint.ranks import world_size
+from mapdsl.cli.interrupts import Interrupted
 from mapdsl.cli.output import complain, escaped, say_event
 from mapdsl.language.diagnostics import MapError, ordered
 
@@ -38,8 +39,10 @@ def told_ending(arguments: argparse.Namespace) -> Iterator[Report | None]:
         if arguments.json:
             printer({"event": "error", "code": problem.code, "message": problem.message, "help": ""})
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as problem:
         _tell_interrupt(arguments, printer)
+        if isinstance(problem, Interrupted):
+            problem.is_told = True
         raise
     if printer.problem is not None:
         raise printer.problem

@@ -19,6 +19,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
+        self.is_told = False  # whether somebody has said what it ended
 
 
 def exit_status(problem: KeyboardInterrupt) -> int:

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from mapdsl import __version__
-from mapdsl.cli.interrupts import exit_status, heeded_signals
+from mapdsl.cli.interrupts import Interrupted, exit_status, heeded_signals
 from mapdsl.cli.output import UsageError, complain, escaped, flush, prepare, show_error
 from mapdsl.cli.ranks import is_spare, mute_where_spare
 
@@ -78,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             return BROKEN_PIPE
         except KeyboardInterrupt as problem:
+            if isinstance(problem, Interrupted) and not (problem.is_told or is_spare(os.environ)):
+                complain(f"interrupted: {escaped(' '.join(['mapdsl', *words[:1]]))} did not come to its end")
             return exit_status(problem)
 
 

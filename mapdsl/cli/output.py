@@ -43,6 +43,11 @@ def escaped(text: str) -> str:
     return printable(text)
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 file`, `1,024 tensors`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def say(text: str = "") -> None:
     """Print lines to standard output. Control characters that slipped in are escaped; newlines and colours stay."""
     _print(text, sys.stdout)

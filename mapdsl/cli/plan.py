@@ -14,7 +14,7 @@ from mapdsl.cli.conversion_options import (
     output_options,
     usage_errors,
 )
-from mapdsl.cli.output import escaped, paint, say, say_json
+from mapdsl.cli.output import counted, escaped, paint, say, say_json
 
 if TYPE_CHECKING:
     from mapdsl.checkpoint.planned import Planned
@@ -27,7 +27,8 @@ def add_parser(subparsers: Any) -> None:
         help="say what a conversion will read and write",
         description="Say what `mapdsl convert` with the same options will read and write, and what memory and disk it "
         "needs. Only headers are read, so a listing (`mapdsl snapshot`) will do. Whatever `convert` would refuse is an "
-        "error: tensors that are missing, unknown or of another size, a disk that is too small. Exit status: 0 where "
+        "error: tensors that are missing, unknown or of another size, a disk that is too small, an unfinished "
+        "conversion to DST (but with --resume). Exit status: 0 where "
         "the conversion can begin, 1 where it cannot, 2 for wrong options.",
         allow_abbrev=False,
     )
@@ -75,13 +76,10 @@ def story(planned: Planned) -> list[str]:
         largest = max(planned.units, key=lambda unit: unit.bytes_written)
         made_of = f"{escaped(largest.output)} from {counted(largest.sources, 'tensor')}"
         lines.append(f"  units   {len(planned.units):,}, the largest {human(largest.bytes_written)}: {made_of}")
+    if planned.done_units:
+        lines.append(f"          {planned.done_units:,} of them done by an earlier run, with which --resume goes on")
     workers = counted(planned.workers, "worker")
     lines.append(f"  memory  {human(planned.held_bytes)} at most for tensors being made, {workers} at once")
     free = "" if planned.free_bytes is None else f", {human(planned.free_bytes)} free"
     lines.append(f"  disk    {human(planned.needed_bytes)} while it is written{free}")
     return lines
-
-
-def counted(count: int, noun: str) -> str:
-    """`1 file`, `1,024 tensors`."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"

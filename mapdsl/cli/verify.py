@@ -14,7 +14,7 @@ from mapdsl.cli.conversion_options import (
     usage_errors,
 )
 from mapdsl.cli.differences import SHOWN, difference_lines, listing_lines
-from mapdsl.cli.output import escaped, paint, say, say_json
+from mapdsl.cli.output import counted, escaped, paint, say, say_json
 
 if TYPE_CHECKING:
     from mapdsl.checkpoint.verify import Verification
@@ -77,7 +77,8 @@ def story(found: Verification) -> list[str]:
         lines.append(f"  mapdsl.complement: {len(found.kept_problems) - SHOWN:,} more findings (--json lists all)")
     lines += [f"  {_compared(found)}"]
     if found.edited:
-        lines.append(f"  encoded anew and compared so: {sum(found.edited.values()):,} blocks with other values")
+        blocks = counted(sum(found.edited.values()), "block")
+        lines.append(f"  encoded anew and compared so: {blocks} with other values")
     lines += [f"  not compared: {escaped(text)}" for text in found.not_compared[:SHOWN]]
     lines += [f"  {escaped(hint)}" for hint in found.hints]
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -156,9 +157,9 @@ def _rows(tensor: Tensor) -> tuple[np.ndarray, int]:
 
 
 def _is_of_words(tensor: Tensor) -> bool:
-    """Whether the rows of a tensor of 16-bit values lie so that they can be read in words of four."""
+    """Whether the rows of a tensor of 16-bit values lie so that they can be read in words of four, the first lowest."""
     stride, per = tensor.stride(0), numba_transpose.PER_WORD
-    return not (stride % per or tensor.storage_offset() % per or tensor.data_ptr() % 8)
+    return sys.byteorder == "little" and not (stride % per or tensor.storage_offset() % per or tensor.data_ptr() % 8)
 
 
 def _words(tensor: Tensor) -> tuple[np.ndarray, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import sys
 import threading
 import warnings
 from collections import deque
@@ -77,7 +76,7 @@ def compiled_kernels(element: Element, dtype: torch.dtype, device: torch.device,
 
 def transposing_kernels(dtype: torch.dtype, device: torch.device, values: int) -> Kernels | None:
     """The compiled kernels, if they are to transpose so many values of this dtype on this device."""
-    return _chosen(device.type == "cpu" and dtype.itemsize == 2 and sys.byteorder == "little", values)
+    return _chosen(device.type == "cpu" and dtype.itemsize == 2, values)
 
 
 def _chosen(is_able: bool, values: int) -> Kernels | None:

@@ -20,12 +20,13 @@ def copy_strided(out: Tensor, source: Tensor, kernels: Kernels | None = None) ->
     those that are to be used for so many elements. Gradients do not flow through a copy.
     """
     source = source.detach()
-    if (
-        _is_in_order(out, source)
-        or out.device.type != "cpu"
-        or out.device != source.device
-        or out.dtype != source.dtype
-    ):
+    is_own = out.device.type == "cpu" and out.device == source.device and out.dtype == source.dtype
+    if not (is_own and _is_plain(out) and _is_plain(source)):
+        out.copy_(source)
+        return
+    if out.element_size() == 1:  # bits: of a bool torch makes 0 or 1, whatever byte is stored; FP4 it does not copy
+        out, source = out.view(torch.uint8), source.view(torch.uint8)
+    if _is_in_order(out, source):
         out.copy_(source)
         return
     found = transposing_kernels(out.dtype, out.device, out.numel())
@@ -34,7 +35,8 @@ def copy_strided(out: Tensor, source: Tensor, kernels: Kernels | None = None) ->
 
 def contiguous_copy(source: Tensor) -> Tensor:
     """A copy in memory of its own, its last dimension the fastest; gradients flow to the source, if it wants any."""
-    if source.device.type != "cpu" or (source.requires_grad and torch.is_grad_enabled()):
+    wants_grad = source.requires_grad and torch.is_grad_enabled()
+    if source.device.type != "cpu" or wants_grad or not _is_plain(source):
         return source.clone(memory_format=torch.contiguous_format)
     out = torch.empty(source.shape, dtype=source.dtype)
     copy_strided(out, source)
@@ -44,6 +46,11 @@ def contiguous_copy(source: Tensor) -> Tensor:
 def contiguous(source: Tensor) -> Tensor:
     """The tensor itself if its last dimension is the fastest and nothing lies between, else such a copy."""
     return source if source.is_contiguous() else contiguous_copy(source)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is what lies in its memory: a DTensor is not, nor a conjugate or negative that is yet to be."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not (tensor.is_conj() or tensor.is_neg())
 
 
 def _copy(out: Tensor, source: Tensor, kernels: Kernels | None) -> None:
