@@ -174,19 +174,21 @@ def convert(
     if ranks is not None and ranks.rank:
         if not was_complete:
             help_out(plan, layout, destination, means)
-        return _conversion(plan, layout, destination, json.loads(ranks.receive("committed")), started)
+        outcome = json.loads(ranks.receive("committed"))
+        return _conversion(plan, layout, destination, written_config(plan), outcome, started)
     reporter = Reporter(progress, report)
     done = len(plan.units.members()) if was_complete else units_left_done(destination, identity, resume=resume)
     _tell_plan(plan, layout, destination, means, reporter, wanted, done)
+    written = written_config(plan)
     if was_complete:
         outcome = _finished(destination, identity, wanted)
     else:
         journal = Journal(destination, identity, resume=resume, ranks=ranks)
         with journal.telling():
-            outcome = _write(plan, layout, journal, identity, means=means, reporter=reporter, wanted=wanted)
+            outcome = _write(plan, layout, written, journal, identity, means=means, reporter=reporter, wanted=wanted)
     if ranks is not None:
         ranks.hand_out("committed", [json.dumps(outcome)] * (ranks.count - 1))
-    return _conversion(plan, layout, destination, outcome, started)
+    return _conversion(plan, layout, destination, written, outcome, started)
 
 
 def _finished(destination: Path, identity: Mapping[str, str], wanted: Wanted) -> dict[str, Any]:
@@ -226,6 +228,7 @@ def _tell_plan(
 def _write(
     plan: Plan,
     layout: list[FileLayout],
+    config: ModelConfig | None,
     journal: Journal,
     identity: Mapping[str, str],
     *,
@@ -245,7 +248,6 @@ def _write(
             _writer(plan, layout, journal, reporter, disk) as writer,
             Attendants(wanted, plan, layout, journal, kept, beside) as attendants,
         ):
-            config = written_config(plan)
             if config is not None and config.lacks:
                 reporter.event("warning", {"message": config.lacks})
             carried = carry_over(plan, writer, config)
@@ -288,7 +290,12 @@ def _keeps_for_now(plan: Plan, means: Means, wanted: Wanted) -> bool:
 
 
 def _conversion(
-    plan: Plan, layout: list[FileLayout], destination: Path, outcome: Mapping[str, Any], started: float
+    plan: Plan,
+    layout: list[FileLayout],
+    destination: Path,
+    config: ModelConfig | None,
+    outcome: Mapping[str, Any],
+    started: float,
 ) -> Conversion:
     """What was planned, and came of it."""
     checkpoint, carried, keeps_headers = plan.request.checkpoint, tuple(outcome["carried"]), outcome["keeps_headers"]
@@ -310,7 +317,7 @@ def _conversion(
         edited=outcome["edited"],
         same_layout=None if plan.side is None else plan.restored is not None and keeps_headers,
         misfit=plan.misfit or ("" if keeps_headers else "Distributed Checkpoints have no safetensors headers"),
-        config=written_config(plan),
+        config=config,
         checksums=outcome["checksums"],
         was_complete=outcome.get("was_complete", False),
         verified=None if outcome["verified"] is None else Verified.from_json(outcome["verified"]),

@@ -60,10 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
     for file in arguments.files:
         result = _Result(file)
         try:
-            _check(file, result, config, checkpoint, params, has_params=bool(arguments.param))
+            checked = _check(file, result, config, checkpoint, params, has_params=bool(arguments.param))
             if ranks:
                 known = config if checkpoint is None else checkpoint.config
-                _check_ranks(file, result, known, params, ranks)
+                _check_ranks(checked, result, known, params, ranks)
         except MapError as problem:
             result.diagnostics += problem.diagnostics
         results.append(result)
@@ -91,8 +91,8 @@ def _check(
     params: dict[str, Any],
     *,
     has_params: bool,
-) -> None:
-    """Fill the result; MapError where the map, or what it is held against, has errors."""
+) -> Checked:
+    """Fill the result, and give the map; MapError where the map, or what it is held against, has errors."""
     from mapdsl.map import load
 
     loaded = load(file)
@@ -113,17 +113,16 @@ def _check(
         expansion = expand(checked, param_values(checked, config, params))
         counts = [_count(len(expansion.keys(side)), name) for side, name in _sides(checked)]
         result.facts.append(f"this config has {' and '.join(counts)}")
+    return checked
 
 
 def _check_ranks(
-    file: str, result: _Result, config: dict[str, Any] | None, params: dict[str, Any], ranks: dict[str, int]
+    checked: Checked, result: _Result, config: dict[str, Any] | None, params: dict[str, Any], ranks: dict[str, int]
 ) -> None:
     """Cut the map over ranks; MapError where its params have no values, or it has no such mesh."""
     from mapdsl.compiler.expand import expand, param_values
     from mapdsl.compiler.sharding import Sharding
-    from mapdsl.map import load
 
-    checked = load(file).checked
     sharding = Sharding(expand(checked, param_values(checked, config, params)), ranks)
     result.diagnostics += sharding.problems()
     over = " x ".join(f"{count} ranks of {mesh}" for mesh, count in ranks.items())

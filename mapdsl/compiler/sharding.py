@@ -120,15 +120,19 @@ class Sharding:
 
     def divides(self, dimension: tree.Dimension) -> bool:
         """Whether an axis of a dimension is divided."""
-        axes = ir.axes_of(tree.Shape((dimension,), span=dimension.span))
-        return any(self._ranks_of(axis.name or "") > 1 for axis in axes)
+        return bool(self._cut_axes(dimension))
 
     # --- within ---
 
     def _is_divided(self, tensor: ir.Tensor, shape: tree.Shape | None) -> bool:
-        axes = {*name_axes(tensor.template, self.expansion.map.indices)}
-        axes |= {axis.name or "" for axis in ir.axes_of(shape)} if shape is not None else set()
-        return any(self._ranks_of(axis) > 1 for axis in axes)
+        in_name = name_axes(tensor.template, self.expansion.map.indices)
+        in_shape = shape is not None and self._cut_axes(*shape.dimensions)
+        return bool(in_shape) or any(self._ranks_of(axis) > 1 for axis in in_name)
+
+    def _cut_axes(self, *dimensions: tree.Dimension) -> list[str]:
+        """The axes of some dimensions that are divided, each once."""
+        axes = {axis.name or "" for one in dimensions for axis in ir.axes_of(tree.Shape((one,), span=one.span))}
+        return sorted(name for name in axes if self._ranks_of(name) > 1)
 
     def _ranks_of(self, axis: str) -> int:
         return self.ranks.get(self._axes[axis][0], 1) if axis in self._axes else 1
@@ -172,8 +176,8 @@ class Sharding:
                 yield match
 
     def _of_tensor(self, tensor: ir.Tensor, shape: tree.Shape, sizes: Mapping[str, int]) -> Iterator[Diagnostic]:
-        cut = {axis.name for axis in ir.axes_of(shape) if axis.name and self._ranks_of(axis.name) > 1}
-        undivided = [name for name in sorted(cut) if name in sizes and self._of_axis(name, sizes, {}) is None]
+        cut = self._cut_axes(*shape.dimensions)
+        undivided = [name for name in cut if name in sizes and self._of_axis(name, sizes, {}) is None]
         for name in undivided:
             yield self._uneven(name, sizes[name], tensor.span)
         if not undivided and cut:
@@ -192,9 +196,9 @@ class Sharding:
     def _cut_blocks(self, tensor: ir.Tensor, shape: tree.Shape, sizes: Mapping[str, int]) -> Iterator[Diagnostic]:
         """P454 where a share of one of the last two dimensions begins or ends within a block of one of the formats."""
         for codec in self.expansion.codecs(tensor):
-            blocks = codec.block if isinstance(codec, BlockStorage) else (0, 0)
             if codec.kind in _KEEPING_VALUES:
                 continue
+            blocks = codec.block if isinstance(codec, BlockStorage) else (0, 0)
             last = shape.dimensions[-2:]
             for dimension, block in zip(last, blocks[2 - len(last) :], strict=True):
                 # A block that is as long as the dimension, whatever that is, is so on the rank too.
@@ -203,8 +207,7 @@ class Sharding:
 
     def _cut_place(self, dimension: tree.Dimension, sizes: Mapping[str, int], block: int) -> int | None:
         """The first position at which a share begins or ends within a block; 0-sized blocks may not be cut at all."""
-        axes = {axis.name or "" for axis in ir.axes_of(tree.Shape((dimension,), span=dimension.span))}
-        meshes = sorted({self._axes[name][0] for name in axes if self._ranks_of(name) > 1})
+        meshes = sorted({self._axes[name][0] for name in self._cut_axes(dimension)})
         for places in itertools.product(*(range(self.ranks[mesh]) for mesh in meshes)):
             held = self.held(dimension, sizes, dict(zip(meshes, places, strict=True)))
             if held is None:
