@@ -289,10 +289,9 @@ def test_a_rank_that_is_not_heard_of_is_lost(tmp_path: Path, monkeypatch: pytest
     assert ranks.may_go_on(first)
 
 
-def test_half_a_line_of_a_segment_says_nothing(
-    folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add, out = JournalFile.add, tmp_path / "out"
+def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion by two ranks, each of which is interrupted when it has done eight units."""
+    add = JournalFile.add
 
     def stopped(self: JournalFile, record: Any) -> None:
         if len(self.done) == 8:
@@ -301,7 +300,14 @@ def test_half_a_line_of_a_segment_says_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(JournalFile, "add", stopped)
-        shared(folders[0], out, 2)
+        shared(source, out, 2)
+
+
+def test_half_a_line_of_a_segment_says_nothing(
+    folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    interrupted(folders[0], out, monkeypatch)
     path = segment_path(partial_folder(out), 1)
     before = units_of(out, 1)
     path.write_bytes(path.read_bytes()[:-9])
@@ -312,16 +318,8 @@ def test_half_a_line_of_a_segment_says_nothing(
 def test_a_rank_of_an_earlier_run_that_is_still_at_work(
     folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add, out = JournalFile.add, tmp_path / "out"
-
-    def stopped(self: JournalFile, record: Any) -> None:
-        if len(self.done) == 8:
-            raise KeyboardInterrupt
-        add(self, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(JournalFile, "add", stopped)
-        shared(folders[0], out, 2)
+    out = tmp_path / "out"
+    interrupted(folders[0], out, monkeypatch)
     segment = Segment(out, 1)
     with pytest.raises(MapError, match="another run is converting to this destination"):
         mapdsl.convert(folders[0], out, NAME, resume=True)

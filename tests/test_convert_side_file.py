@@ -7,6 +7,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -338,3 +339,29 @@ def test_what_is_the_same_of_many_tensors_is_held_once(tmp_path: Path) -> None:
         assert len({id(text) for text, _ in one._entries.values()}) == 1
         one.close()
     assert restored.record(names) == taken.record(names)
+
+
+def test_what_was_kept_can_be_had_while_the_side_file_is_finished(tmp_path: Path) -> None:
+    """Who verifies while all is written asks for what was kept at any time: the files are given up all at once."""
+    writer = SideWriter(tmp_path / "there", tmp_path)
+    writer.add_stored("narrow", torch.arange(3, dtype=torch.uint8))
+    writer["x"] = ("RAW", None)
+    writer.add_stored("wide", torch.arange(3, dtype=torch.float64))
+    first, second = writer._spools.values()
+
+    class Asked:
+        """The second file: while it is closed, somebody asks."""
+
+        flush = second.flush
+
+        def close(self) -> None:
+            self.answer = pool.submit(writer.record, ["x"])
+            wait([self.answer], timeout=0.2)  # until all are closed, if need be
+            assert first.closed
+            second.close()
+
+    asked = Asked()
+    writer._spools = dict(zip(writer._spools, (first, asked), strict=True))  # type: ignore[assignment]
+    with ThreadPoolExecutor() as pool:
+        writer.close()
+        assert asked.answer.result()[0][0] == "x"

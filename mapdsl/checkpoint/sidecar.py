@@ -227,10 +227,11 @@ class SideWriter(WriteOnly):
         return self._folder / (f".mapdsl.kept-{width}-{rank}" if rank else f".mapdsl.kept-{width}")
 
     def close(self) -> None:
-        """Give up the temporary files."""
-        for spool in self._spools.values():
-            spool.close()
-        self._spools.clear()
+        """Give up the temporary files. What was kept can be had from them still: `record`, from any thread."""
+        with self._lock:
+            for spool in self._spools.values():
+                spool.close()
+            self._spools.clear()
 
     def _unwritable(self, problem: OSError) -> MapError:
         advice = "free space; what is done is kept, and the same command with --resume goes on"

@@ -6,8 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from mapdsl.checkpoint.progress import human
-from mapdsl.cli.conversion_options import add_report_options
-from mapdsl.cli.output import UsageError, escaped, paint, say, say_json
+from mapdsl.cli.conversion_options import add_report_options, tell
+from mapdsl.cli.output import UsageError, escaped, paint, say
 
 if TYPE_CHECKING:
     from mapdsl.checkpoint.checksums import ChecksumComparison
@@ -46,12 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             say(f"wrote {escaped(str(path))}")
         return 0
     found = compare_checksums(arguments.checkpoint, arguments.file, progress=not arguments.quiet)
-    if arguments.json:
-        say_json(found.as_json())
-    elif not (arguments.quiet and found.equal):
-        for line in story(found):
-            say(line)
-    return int(not found.equal)
+    return tell(arguments, found, story, is_fine=found.equal)
 
 
 def story(found: ChecksumComparison) -> list[str]:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
 
 from mapdsl.cli.inputs import FILE_HELP, add_config, params_of
-from mapdsl.cli.output import UsageError, escaped
+from mapdsl.cli.output import UsageError, escaped, say, say_json
+
+
+class _Found(Protocol):
+    """What a comparison has found."""
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
+_Comparison = TypeVar("_Comparison", bound=_Found)
 
 SOURCE_HELP = "a folder of safetensors, pytorch_model.bin or a torch Distributed Checkpoint; an .index.json; a "
 SOURCE_HELP += ".safetensors, .pt, .pth or .bin file (read with weights_only=True)"
@@ -53,6 +62,22 @@ def add_report_options(parser: argparse.ArgumentParser, *, quiet: str, json: str
     """How a command tells of what it does."""
     parser.add_argument("--quiet", action="store_true", help=quiet)
     parser.add_argument("--json", action="store_true", help=json)
+
+
+def tell(
+    arguments: argparse.Namespace,
+    found: _Comparison,
+    story: Callable[[_Comparison], Iterable[str]],
+    *,
+    is_fine: bool,
+) -> int:
+    """Tell what a comparison has found, as `add_report_options` was told to; gives the exit status."""
+    if arguments.json:
+        say_json(found.as_json())
+    elif not (arguments.quiet and is_fine):
+        for line in story(found):
+            say(line)
+    return int(not is_fine)
 
 
 def conversion_options(arguments: argparse.Namespace) -> dict[str, Any]:

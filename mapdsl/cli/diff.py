@@ -6,9 +6,9 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from mapdsl.checkpoint.progress import human
-from mapdsl.cli.conversion_options import add_report_options
+from mapdsl.cli.conversion_options import add_report_options, tell
 from mapdsl.cli.differences import difference_lines, listing_lines
-from mapdsl.cli.output import escaped, paint, say, say_json
+from mapdsl.cli.output import escaped, paint
 
 if TYPE_CHECKING:
     from mapdsl.checkpoint.compare import Comparison
@@ -38,12 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from mapdsl.checkpoint.compare import compare
 
     found = compare(arguments.first, arguments.second, progress=not arguments.quiet)
-    if arguments.json:
-        say_json(found.as_json())
-    elif not (arguments.quiet and found.equal):
-        for line in story(found):
-            say(line)
-    return int(not found.equal)
+    return tell(arguments, found, story, is_fine=found.equal)
 
 
 def story(found: Comparison) -> list[str]:

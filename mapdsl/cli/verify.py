@@ -11,10 +11,11 @@ from mapdsl.cli.conversion_options import (
     add_conversion_options,
     add_report_options,
     conversion_options,
+    tell,
     usage_errors,
 )
 from mapdsl.cli.differences import SHOWN, difference_lines, listing_lines
-from mapdsl.cli.output import counted, escaped, paint, say, say_json
+from mapdsl.cli.output import counted, escaped, paint
 
 if TYPE_CHECKING:
     from mapdsl.checkpoint.verify import Verification
@@ -51,12 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             **conversion_options(arguments),
             progress=not arguments.quiet,
         )
-    if arguments.json:
-        say_json(found.as_json())
-    elif not (arguments.quiet and found.holds):
-        for line in story(found):
-            say(line)
-    return int(not found.holds)
+    return tell(arguments, found, story, is_fine=found.holds)
 
 
 def story(found: Verification) -> list[str]:
