@@ -32,6 +32,7 @@ ALLOWED = {
         "emit",
         "resources",
         "runtime.sizes",
+        "runtime.shares",
         "runtime.codecs.storage",
         "runtime.codecs.integer_storage",
     },

@@ -132,12 +132,11 @@ def test_a_shape_tells_the_sizes_of_its_axes(text: str, axes: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "mesh tp shards h\nparam V\na [pad(V, 128) d] <-> b [V d]\n",
-        "mesh tp shards h\nparam L\nindex i < L // size(tp)\na.{i} <-> b.{i}\n",
-        "mesh tp shards h\nparam L\nindex i < L\na.{i} <-> b.{i} where i < size(tp)\n",
+        "mesh tp shards h\na [pad(V, 128) d] <-> b [V d]\n",
+        "mesh tp shards V\nparam V\na [pad(V, 128) d] <-> b [V d]\nc [pad(V, 64) d] <-> e [V d]\n",
     ],
 )
-def test_maps_that_depend_on_ranks_are_refused(text: str) -> None:
+def test_what_is_padded_is_one_param(text: str) -> None:
     with pytest.raises(MapError) as caught:
         map_of(text).compile()
     assert {found.code for found in caught.value.diagnostics} == {"X304"}

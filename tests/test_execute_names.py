@@ -81,7 +81,7 @@ def test_numbers_in_names_are_canonical() -> None:
 
 def test_reserved_names_are_those_of_the_adapter() -> None:
     from mapdsl.emit.reserved import ADAPTER_NAMES
-    from mapdsl.runtime.adapter import Adapter
+    from mapdsl.runtime.sharded_adapter import ShardedAdapter
 
-    made = type("Made", (Adapter,), {"set_params": lambda self, config: None})({})
+    made = type("Made", (ShardedAdapter,), {"set_params": lambda self, config: None})({})
     assert {name for name in dir(made) if not name.startswith("_")} == ADAPTER_NAMES

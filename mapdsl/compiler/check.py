@@ -14,6 +14,7 @@ from mapdsl.compiler.formula import Scope, decide
 from mapdsl.compiler.laws import check_laws
 from mapdsl.compiler.lint import lint
 from mapdsl.compiler.made import check_made
+from mapdsl.compiler.meshes import check_meshes, cut_routers
 from mapdsl.compiler.resolve import resolve
 from mapdsl.compiler.shapes import Layout, ShapeError, layout, name_axes
 from mapdsl.compiler.solvable import check_fit, check_sizes
@@ -54,7 +55,8 @@ class _Checker:
         self._stop_at_errors()
         layouts = self._rules(codecs)
         self.found += check_templates(self.map, self.scope, codecs)
-        self._meshes()
+        self._stop_at_errors()
+        self.found += check_meshes(self.map, layouts)
         self._stop_at_errors()
         for rule in self.map.rules:
             self.found += check_made(rule, self.map)
@@ -65,7 +67,7 @@ class _Checker:
         self.found += check_accepts(self.map, self.scope, codecs, left)
         self.found += check_examples(self.map, self.scope, left, right)
         self.found += check_laws(self.map, layouts)
-        self.found += lint(self.map)
+        self.found += [*lint(self.map), *cut_routers(self.map, layouts)]
         self._stop_at_errors()
         return Checked(self.map, tuple(layouts), codecs, self.scope, ordered(self.found))
 
@@ -168,13 +170,3 @@ class _Checker:
                     message = f"`{name}` has no upper bound, so a hole may only add a number or a param to it"
                     self.found.append(Diagnostic("N112", message, (value.span,)))
                     return
-
-    def _meshes(self) -> None:
-        """An axis is cut over one mesh dimension."""
-        seen: dict[str, tree.MeshAxis] = {}
-        for mesh in self.map.meshes:
-            for axis in mesh.axes:
-                if axis.name in seen:
-                    message = f"the axis `{axis.name}` is cut over two mesh dimensions"
-                    self.found.append(Diagnostic("P452", message, (axis.span, seen[axis.name].span)))
-                seen.setdefault(axis.name, axis)

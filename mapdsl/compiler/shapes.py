@@ -7,12 +7,13 @@ piece n of the right. An axis of a piece lives in the name of its tensor or in o
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mapdsl.compiler import ir
 from mapdsl.compiler.codecs import parse_codec
 from mapdsl.language import tree
 from mapdsl.language.source import Span
+from mapdsl.runtime.shares import padded
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def layout(rule: ir.Rule, indices: dict[str, ir.Index]) -> Layout:
         _check_axes(rule, one, other, of_names, everywhere, repeated)
     _check_absorbed(rule, of_names, everywhere)
     if not left and not right and len(pairs) == 1 and pairs[0][0].dims == pairs[0][1].dims:
-        pairs = ()
+        pads = [[isinstance(d, tree.Pad) for d in shape.dimensions] for side in shapes for shape in side]
+        pairs = () if pads[0] == pads[1] else pairs
     return Layout(matched, (left, right), repeated, pairs, shapes)
 
 
@@ -105,6 +107,15 @@ def keeps_blocks(rule: ir.Rule, layout: Layout) -> bool:
         return False
     left, right = (shape.dimensions[-2:] for (shape,) in layout.shapes if shape is not None)
     return len(left) == 2 and left == right and all(isinstance(d, tree.Axis) and d.name and not d.repeat for d in left)
+
+
+def with_padded_axes(shape: tree.Shape) -> tree.Shape:
+    """A shape with each `pad(V, n)` as an axis of its own."""
+    dimensions = (
+        tree.Axis(name=padded(one.axis.name or ""), span=one.span) if isinstance(one, tree.Pad) else one
+        for one in shape.dimensions
+    )
+    return replace(shape, dimensions=tuple(dimensions))
 
 
 def name_axes(template: tree.Template, indices: dict[str, ir.Index]) -> tuple[str, ...]:

@@ -6,10 +6,11 @@ import re
 
 from mapdsl.compiler import ir
 from mapdsl.compiler.codecs import AnyCodec, codec_key
-from mapdsl.compiler.shapes import Layout, name_axes
+from mapdsl.compiler.shapes import Layout, name_axes, with_padded_axes
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic
 from mapdsl.language.unparse import unparse_shape
+from mapdsl.runtime.shares import padded
 from mapdsl.runtime.sizes import unsolved_axes
 
 
@@ -37,8 +38,7 @@ def _held_against(rule: ir.Rule, layout: Layout, source: int) -> list[str]:
         return []
     if rule.value is not None and isinstance(rule.value.content, tree.Number):
         return []
-    shapes = [shape for shape in layout.shapes[source] if shape is not None]
-    return [size_pattern(s) for s in shapes if not any(isinstance(d, tree.Pad) for d in s.dimensions)]
+    return [size_pattern(shape) for shape in layout.shapes[source] if shape is not None]
 
 
 def _dependent_ranges(rule: ir.Rule, layout: Layout, resolved: ir.Map) -> list[Diagnostic]:
@@ -72,9 +72,9 @@ def check_fit(rule: ir.Rule, layout: Layout, codecs: dict[str, AnyCodec]) -> lis
 def known_axes(rule: ir.Rule, resolved: ir.Map) -> set[str]:
     """Axes whose size follows from the config alone."""
     bounded = {name for name, index in resolved.indices.items() if index.upper is not None}
-    return set(resolved.params) | bounded | set(rule.enumerations)
+    return set(resolved.params) | {padded(name) for name in resolved.params} | bounded | set(rule.enumerations)
 
 
 def size_pattern(shape: tree.Shape) -> str:
     """A shape as the size solver reads it: `e d (j f)`."""
-    return re.sub(r"\brepeat ", "", unparse_shape(shape)[1:-1])
+    return re.sub(r"\brepeat ", "", unparse_shape(with_padded_axes(shape))[1:-1])

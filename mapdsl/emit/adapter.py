@@ -7,7 +7,6 @@ import re
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mapdsl.compiler import ir
 from mapdsl.compiler.check import Checked
 from mapdsl.emit.codecs import constructor
 from mapdsl.emit.context import Context
@@ -16,15 +15,11 @@ from mapdsl.emit.layout import INDENT, WIDTH, Bracketed, lines, listed
 from mapdsl.emit.params import accept_code, file_name, params_code
 from mapdsl.emit.rules import LEFT, RIGHT
 from mapdsl.emit.sections import Directions
-from mapdsl.language import tree
-from mapdsl.language.diagnostics import error
-from mapdsl.language.rewrite import rewrite
 from mapdsl.resources import resource
 
 
 def adapter_source(checked: Checked, command: str = "mapdsl compile") -> str:
-    """The Python source of the adapter; MapError for a map whose sizes depend on the number of ranks."""
-    _refuse_ranks(checked.map)
+    """The Python source of the adapter; MapError for a map that is cut over ranks where that cannot be said in code."""
     return _AdapterEmitter(checked, command).source().rstrip() + "\n"
 
 
@@ -40,31 +35,6 @@ def environment() -> Environment:
     return Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
 
 
-def _refuse_ranks(resolved: ir.Map) -> None:
-    """X304: adapters convert whole tensors, so they cannot say how many ranks there are."""
-    shapes = [t.shape for rule in resolved.rules for t in (*rule.left, *rule.right) if t.shape is not None]
-    padded = [d for shape in shapes for d in shape.dimensions if isinstance(d, tree.Pad)]
-    exprs = [rule.guard for rule in resolved.rules] + [accept.guard for accept in resolved.accepts]
-    exprs += [bound for index in resolved.indices.values() for bound in (index.lower, index.upper)]
-    exprs += [param.value for param in resolved.params.values()]
-    counted = [call for expr in exprs if expr is not None for call in _calls(expr) if call.function == "size"]
-    if padded or counted:
-        span = (padded or counted)[0].span
-        raise error("X304", "this size depends on the ranks, and an adapter converts whole tensors", span)
-
-
-def _calls(expr: tree.Expr) -> list[tree.Call]:
-    found: list[tree.Call] = []
-
-    def note(node: tree.Node) -> tree.Node:
-        if isinstance(node, tree.Call):
-            found.append(node)
-        return node
-
-    rewrite(expr, note)
-    return found
-
-
 class _AdapterEmitter:
     def __init__(self, checked: Checked, command: str) -> None:
         self.map = checked.map
@@ -77,6 +47,8 @@ class _AdapterEmitter:
         left, right = self.map.left, self.map.right
         to_right, to_left = self._direction(LEFT), self._direction(RIGHT)
         params, accepts = params_code(self.context), accept_code(self.context)
+        held = self.context.held
+        base = "ShardedAdapter" if held.is_needed else "Adapter"
         codecs = self._codec_lines()
         body = "\n".join([*codecs, *params, *accepts, *to_right, *to_left])
         signatures = {
@@ -97,16 +69,19 @@ class _AdapterEmitter:
                 digest=hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16],
                 command=self.command,
                 has_unflatten=".unflatten(" in body,
-                imports="\n".join(_imports(body, (left, right) != ("left", "right"))),
+                imports="\n".join(_imports(body, base, has_keys=(left, right) != ("left", "right"))),
                 codecs=codecs,
                 class_name=class_name(self.map.name),
+                base=base,
                 name=self.map.name,
                 left=left,
                 right=right,
                 quoted_name=quoted(self.map.name),
                 quoted_left=quoted(left),
                 quoted_right=quoted(right),
+                meshes=held.table(),
                 params=params,
+                held=held.lines(),
                 accepts=accepts,
                 # A side that is called `left` has its keys from the base class.
                 has_left_keys=left != "left",
@@ -157,14 +132,15 @@ def _signature(name: str, parameters: str, result: str) -> str:
     return "\n".join(lines(Bracketed(name, items), 1, before="def ", after=f" -> {result}:"))
 
 
-def _imports(body: str, has_keys: bool) -> list[str]:
+def _imports(body: str, base: str, *, has_keys: bool) -> list[str]:
     """Import lines for what the body uses, sorted as linters want them."""
     wanted = {
-        "mapdsl.runtime.adapter": {"Adapter", "Tensor"} | ({"Keys"} if has_keys else set()),
+        "mapdsl.runtime.adapter": {"Tensor"} | ({"Keys"} if has_keys else set()),
         "mapdsl.runtime.config": {"Config"},
         "mapdsl.runtime.put": {"Put"},
         "mapdsl.runtime.take": {"Take"},
     }
+    wanted.setdefault(_BASES[base], set()).add(base)
     code = re.sub(r"^\s*#.*$", "", body, flags=re.MULTILINE)
     for module, names in USED.items():
         used = {name for name in names if re.search(rf"(?<![\w.\"]){name}(?!\w)", code)}
@@ -183,6 +159,7 @@ def _import_order(name: str) -> tuple[int, str]:
     return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
 
 
+_BASES = {"Adapter": "mapdsl.runtime.adapter", "ShardedAdapter": "mapdsl.runtime.sharded_adapter"}
 # Names of the runtime that a body may use, by module.
 USED = {
     "mapdsl.runtime.complement": ("RAW",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mapdsl.compiler import ir
+from mapdsl.emit.ranks import Held
 from mapdsl.emit.reserved import attribute, fresh, local
 from mapdsl.language import tree
 
@@ -18,6 +19,8 @@ class Context:
         self.sides = (resolved.left, resolved.right)
         self.methods = method_names(resolved.left, resolved.right)
         self.attributes = {name: attribute(name, self.methods) for name in resolved.params}
+        self.held = Held(resolved, self.attributes)
+        self.words_of_names = {**self.attributes, **self.held.names()}
         self.words = {local(word) for word in _words(resolved)}
         self.positions = set(resolved.indices) | _positions(resolved)
         self._types: dict[tuple[int, str], str] = {}  # of variables, by the side that is taken from

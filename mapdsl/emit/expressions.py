@@ -10,6 +10,7 @@ from mapdsl.language import tree
 _PRECEDENCE = {"or": 1, "and": 2, "not": 3, "in": 4, "+": 5, "-": 5, "*": 6, "//": 6, "%": 6}
 _PRECEDENCE |= dict.fromkeys(("==", "!=", "<", "<=", ">", ">="), 4)
 _OPPOSITES = {"==": "!=", "!=": "==", "in": "not in"}
+_OF_MESH = {"size": "mesh_size", "rank": "mesh_rank"}
 _COMPARISON, _SUM, _UNARY, _ATOM = 4, 5, 7, 9
 
 # The attribute that holds each param.
@@ -46,6 +47,8 @@ class _Emitter:
                 return self.field(path) if self.field else local(path)
             case tree.Lookup(value=value, index=index):
                 return f"{self.code(value, _ATOM)}[{self.code(index, 0)}]"
+            case tree.Call(function="size" | "rank" as function, arguments=(tree.Name(path=mesh),)):
+                return f"self.{_OF_MESH[function]}({quoted(mesh)})"
             case tree.Call(function=function, arguments=arguments):
                 return f"{function}({', '.join(self.code(a, 0) for a in arguments)})"
             case tree.Operation(operator=operator, operands=operands):
@@ -83,7 +86,10 @@ def quoted(text: str) -> str:
 
 
 def name_code(template: tree.Template, params: Params, spelled: Spellings) -> str:
-    """A string or f-string that spells the name of a template; `spelled` gives the variable of each enumeration."""
+    """A string or f-string that spells the name of a template; `spelled` gives the variable of each enumeration.
+
+    `params` gives, as for `first_of`, what `{local e}` counts from by the name `local e`.
+    """
     pieces = []
     plain = True
     for part in template.parts:
@@ -93,6 +99,8 @@ def name_code(template: tree.Template, params: Params, spelled: Spellings) -> st
                 continue
             case tree.EnumHole(name=name, spellings=spellings):
                 pieces.append(f"\0{spelled[name, spellings]}\1")
+            case tree.NumberHole(value=tree.Name(path=index), local=True):
+                pieces.append(f"\0{local(index)} - self.{params[counted_from(index)]}\1")
             case tree.NumberHole(value=value):
                 # A string within a string literal has the other quotes.
                 pieces.append(f"\0{python(value, params)}\1".replace('"', "'"))
@@ -116,6 +124,11 @@ def pattern_code(template: tree.Template, params: Params, spelled: Spellings, nu
             part = tree.Text("#", span=part.span)
         parts.append(part)
     return name_code(tree.Template(tuple(parts), span=template.span), params, spelled)
+
+
+def counted_from(index: str) -> str:
+    """What `{local e}` counts from, as `Params` call it: no name of a map has a space."""
+    return f"local {index}"
 
 
 def wildcard(name: str, spelled: Spellings) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mapdsl.compiler import ir
-from mapdsl.compiler.shapes import Piece, keeps_blocks
-from mapdsl.emit.expressions import difference, local, quoted
+from mapdsl.compiler.shapes import Piece, keeps_blocks, with_padded_axes
+from mapdsl.emit.expressions import local, quoted
 from mapdsl.emit.layout import INDENT, WIDTH, Bracketed, Code, breakable, call, comprehension, fits, flat, lines
 from mapdsl.emit.rules import RuleEmitter, clause
 from mapdsl.emit.solving import axis_codes, is_simple, mentions, needed
@@ -40,7 +40,7 @@ class Movement:
         return head + self._emit(depth)
 
     def _first_name(self) -> tree.Template:
-        return first_position(self.here[0].template, self.e.layout.in_names[self.source], self.e.map.indices)
+        return first_position(self.here[0].template, self.e.layout.in_names[self.source], self.e.firsts())
 
     def _emit(self, depth: int) -> list[str]:
         if self.called.is_from_one:
@@ -81,7 +81,8 @@ class Movement:
             return out + self._put_part(mine, other, self.e.name(tensor), depth)
         whole = self.variables[self.target][number]
         sizes = self._dimensions(number)
-        out += lines(call(f"{self.variables[self.source][0]}.new_empty", *sizes), depth, before=f"{whole} = ")
+        method = f"{self.variables[self.source][0]}.new_{'zeros' if self._pads(self.target, number) else 'empty'}"
+        out += lines(call(method, *sizes), depth, before=f"{whole} = ")
         for mine, other in self._pieces(number):
             out += self._copy(mine, other, whole, self.e.name(self.here[0]), depth)
         return out + lines(call("put", self.e.name(tensor), whole, self.e.stored(tensor)), depth)
@@ -142,7 +143,8 @@ class Movement:
         return call("take.group", *operands, *self.e.known_sizes(*shapes), self.e.optional(), self._into())
 
     def _allocate(self, number: int, depth: int) -> list[str]:
-        code = call("take.empty", *self._dimensions(number))
+        method = "take.zeros" if self._pads(self.target, number) else "take.empty"
+        code = call(method, *self._dimensions(number))
         whole, absorbed = self.variables[self.target][number], self._absorbed(self.target, number)
         if not absorbed:
             return lines(code, depth, before=f"{whole} = ")
@@ -174,9 +176,15 @@ class Movement:
             out += self._move(mine, other, name, depth)
         return out
 
+    def _pads(self, side: int, number: int) -> list[tuple[int, tree.Pad]]:
+        """The padded dimensions of a tensor."""
+        return [(n, d) for n, d in enumerate(self._shape(side, number).dimensions) if isinstance(d, tree.Pad)]
+
     def _is_gathered(self, mine: Piece, other: Piece) -> bool:
         """Whether a whole source tensor goes to one place of one target tensor."""
         if not self._is_filled(other.tensor) or self._absorbed(self.target, other.tensor):
+            return False
+        if self._pads(self.source, mine.tensor):
             return False
         return not self._copies(mine, other) and not self._copies(other, mine)
 
@@ -293,11 +301,7 @@ class Movement:
 
     def _positions(self, side: int, number: int) -> dict[str, str]:
         """Axes that the names of the other side's tensor absorb: their positions in this side's shapes."""
-        positions = {}
-        for axis in self._absorbed(1 - side, number):
-            index = self.e.map.indices.get(axis)
-            positions[axis] = difference(local(axis), index.lower if index else None, self.e.params)
-        return positions
+        return {axis: self.e.position(axis) for axis in self._absorbed(1 - side, number)}
 
     def _alone(self, mine: Piece, other: Piece) -> set[str]:
         selected = {*self._absorbed(self.source, mine.tensor), *self._absorbed(self.target, other.tensor)}
@@ -310,11 +314,7 @@ class Movement:
     def _is_copy(self, number: int) -> str | None:
         """The condition that a source tensor is a copy behind the first."""
         axes = [a for a in self._absorbed(self.source, number) if a in self.e.layout.repeated]
-        words = []
-        for axis in axes:
-            index = self.e.map.indices.get(axis)
-            words.append(f"{difference(local(axis), index.lower if index else None, self.e.params)} > 0")
-        return " or ".join(words) or None
+        return " or ".join(f"{self.e.position(axis)} > 0" for axis in axes) or None
 
     # --- facts ---
 
@@ -330,7 +330,7 @@ class Movement:
         return [breakable(self.e.sizes.dimension(d)) for d in self._shape(self.target, number).dimensions]
 
     def _known(self, shape: tree.Shape) -> dict[str, str]:
-        names = {axis.name for axis in ir.axes_of(shape) if axis.name}
+        names = {axis.name for axis in ir.axes_of(with_padded_axes(shape)) if axis.name}
         return {name: size for name in names if (size := self.e.size(name)) is not None}
 
     def _all_pieces(self) -> list[tuple[Piece, Piece]]:
@@ -344,7 +344,7 @@ class Movement:
     def _is_filled(self, number: int) -> bool:
         """Whether a target tensor is allocated first and filled piece by piece, not made in one step."""
         pieces = self._pieces(number)
-        if len(pieces) > 1:
+        if len(pieces) > 1 or self._pads(self.target, number):
             return True
         ((mine, other),) = pieces
         if self._copies(mine, other) or self._copies(other, mine):

@@ -5,22 +5,36 @@ from __future__ import annotations
 import keyword
 from collections.abc import Callable, Iterable
 
-# Attributes of mapdsl.runtime.adapter.Adapter (a test holds this list against the class).
+# Attributes of mapdsl.runtime's Adapter and ShardedAdapter (a test holds this list against the classes).
 ADAPTER_NAMES = frozenset(
     (
         "MAP",
         "LEFT",
         "RIGHT",
+        "MESHES",
         "accept",
+        "at",
         "complement",
         "config",
+        "counted_from",
+        "counting_from_all",
         "found",
+        "held",
+        "held_padded",
         "left_keys",
+        "list_shares",
         "look",
+        "merge",
+        "mesh_rank",
+        "mesh_size",
+        "place",
         "read",
         "read_into",
+        "reshard",
         "right_keys",
         "set_params",
+        "shard",
+        "unpadded",
         "write",
         "write_into",
         "write_one",

@@ -13,11 +13,11 @@ from mapdsl.compiler.shapes import Layout, name_axes
 from mapdsl.emit.context import Context
 from mapdsl.emit.expressions import Params, difference, local, name_code, python, quoted
 from mapdsl.emit.layout import Bracketed, Code, breakable, call, comprehension, flat, lines, listed
+from mapdsl.emit.patterns import holds_sum, named_axes, pattern_of
+from mapdsl.emit.ranks import first_of
 from mapdsl.emit.views import Sizes
 from mapdsl.emit.wild import WildHead
 from mapdsl.language import tree
-from mapdsl.language.rewrite import rewrite
-from mapdsl.language.unparse import unparse_shape
 
 LEFT, RIGHT = 0, 1
 
@@ -60,7 +60,7 @@ class RuleEmitter:
         self.prefixes = prefixes
         self.condition = guard
         self.bound = bound
-        self.params = context.attributes
+        self.params = context.words_of_names
         self.words = self._words()
         self.spelled = self._spellings()
         self.sizes = Sizes(self._size_codes())
@@ -107,8 +107,10 @@ class RuleEmitter:
     def loop(self, axis: str, *, counted: bool = False, side: int | None = None) -> Code:
         """`e in range(self.E)`, `j in ("w1", "w3")`; counted, an enumeration gives its positions too."""
         if axis in self.map.indices:
-            bounds = self.range(axis).removeprefix("range(")[:-1]
-            return call(f"{local(axis)} in range", bounds)
+            positions = self.range(axis)
+            if not positions.startswith("range("):
+                return f"{local(axis)} in {positions}"
+            return call(f"{local(axis)} in range", positions.removeprefix("range(")[:-1])
         variables = self._variables(axis, side)
         size = self.rule.enumerations[axis].size
         if not variables:
@@ -123,7 +125,9 @@ class RuleEmitter:
         return call(f"{local(axis)}, {targets} in enumerate", values)
 
     def range(self, axis: str) -> str:
-        """The positions of an index."""
+        """The positions of an index, those that the rank holds."""
+        if (held := self.context.held.code(axis)) is not None:
+            return held
         index = self.map.indices[axis]
         lower = None if isinstance(index.lower, tree.Number) and index.lower.value == 0 else index.lower
         return f"range({', '.join(python(b, self.params) for b in (lower, index.upper) if b is not None)})"
@@ -187,6 +191,8 @@ class RuleEmitter:
             for axis in ir.axes_of(shape) if shape else ():
                 name = axis.name or str(axis.size)
                 codes[name] = self.size(name) or local(name)
+            for name in named_axes([shape] if shape else []):
+                codes[name] = self.size(name) or local(name)
         for name in (*self.layout.in_names[0], *self.layout.in_names[1]):
             codes[name] = self.size(name) or local(name)
         return codes
@@ -197,6 +203,8 @@ class RuleEmitter:
             return axis
         if axis in self.rule.enumerations:
             return str(self.rule.enumerations[axis].size)
+        if (held := self.context.held.code(axis)) is not None:
+            return f"len({held})"
         if axis in self.map.params:
             return f"self.{self.params[axis]}"
         index = self.map.indices.get(axis)
@@ -205,20 +213,35 @@ class RuleEmitter:
         code = difference(python(index.upper, self.params), index.lower, self.params)
         return f"({code})" if not code.replace("self.", "").isidentifier() and not code.isdigit() else code
 
+    def position(self, axis: str) -> str:
+        """The position of an index or an enumeration of a name in the dimension that holds it on the other side."""
+        if (held := self.context.held.code(axis)) is not None:
+            return f"{local(axis)} - {held}.start"
+        index = self.map.indices.get(axis)
+        return difference(local(axis), index.lower if index else None, self.params)
+
+    def firsts(self) -> dict[str, tree.Expr]:
+        """The first position of each index, as an expression that `name` and patterns know."""
+        span = self.rule.span
+        return {
+            name: tree.Name(first_of(name), span=span)
+            if self.context.held.code(name)
+            else index.lower or tree.Number(0, span=span)
+            for name, index in self.map.indices.items()
+        }
+
     def pattern(self, shape: tree.Shape) -> str:
         """A shape as the runtime's patterns write it, axes by their local names."""
-        return unparse_shape(_with_locals(shape))[1:-1]
+        return pattern_of(shape)
 
     def known_sizes(self, *shapes: tree.Shape) -> list[str]:
-        """Keyword arguments that give the sizes of axes that do not depend on tensors."""
-        names = dict.fromkeys(axis.name for shape in shapes for axis in ir.axes_of(shape) if axis.name)
-        sizes = {name: self.size(name) for name in names}
+        """Keyword arguments that give the sizes of axes that do not depend on tensors; of those cut, the positions."""
+        sizes = {name: self.context.held.code(name) or self.size(name) for name in named_axes(shapes)}
         return [f"{local(name)}={_bare(code)}" for name, code in sizes.items() if code is not None]
 
     def unknown_axes(self, *shapes: tree.Shape) -> list[str]:
         """Axes whose size is read off the tensors."""
-        names = dict.fromkeys(axis.name for shape in shapes for axis in ir.axes_of(shape) if axis.name)
-        return [name for name in names if self.size(name) is None]
+        return [name for name in named_axes(shapes) if self.size(name) is None]
 
     # --- pieces of calls ---
 
@@ -262,7 +285,9 @@ class RuleEmitter:
         """Arguments that state a shape: the shape itself, or its pattern and the sizes known where some are not."""
         if shape is None:
             return []
-        if self.unknown_axes(shape) or any(_holds_sum(dimension) for dimension in shape.dimensions):
+        # Where ranks cut a tensor is read off its pattern.
+        is_solved = not self.unknown_axes(shape) and not any(holds_sum(dimension) for dimension in shape.dimensions)
+        if self.map.meshes or not is_solved:
             return [f"shape={quoted(self.pattern(shape))}", *self.known_sizes(shape)]
         sizes = [_bare(self.sizes.dimension(dimension)) for dimension in shape.dimensions]
         return [replace(listed(sizes), before="shape=") if sizes else "shape=()"]
@@ -360,23 +385,8 @@ def clause(code: Code) -> Code:
     return f"for {code}" if isinstance(code, str) else replace(code, before=f"for {code.before}")
 
 
-def _holds_sum(dimension: tree.Dimension) -> bool:
-    """Whether a dimension is made of terms: with one of them empty its size would not tell that."""
-    return isinstance(dimension, tree.Sum) or any(isinstance(f, tree.Sum) for f in getattr(dimension, "factors", ()))
-
-
 def _bare(code: str) -> str:
     """Code without parentheses around all of it."""
     if code.startswith("(") and code.endswith(")") and code.count("(") == 1:
         return code[1:-1]
     return code
-
-
-def _with_locals(shape: tree.Shape) -> tree.Shape:
-    """A shape with the local names of its axes, and no word on which of them are copies."""
-
-    def change(node: tree.Node) -> tree.Node:
-        is_named = isinstance(node, tree.Axis) and node.name is not None
-        return replace(node, name=local(node.name), repeat=False) if is_named else node  # type: ignore
-
-    return rewrite(shape, change)

@@ -244,7 +244,7 @@ class Directions:
             if any(isinstance(part, (tree.EnumHole, tree.WildcardHole)) for part in parts):
                 return "", ""  # these are parts of the match, not of its prefix
             template = tree.Template(tuple(parts), span=heads[0].span)
-            codes.append(name_code(template, self.context.attributes, {}).removeprefix("f")[1:-1])
+            codes.append(name_code(template, self.context.words_of_names, {}).removeprefix("f")[1:-1])
         return codes[0], codes[1]
 
     def _read_the_same(self, shortened: list[RuleEmitter], versions: list[RuleEmitter]) -> bool:

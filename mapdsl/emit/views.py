@@ -12,6 +12,7 @@ from mapdsl.compiler.shapes import Piece
 from mapdsl.emit.expressions import product
 from mapdsl.emit.layout import Bracketed, Code, breakable, call
 from mapdsl.language import tree
+from mapdsl.runtime.shares import padded
 
 Run = tuple[str, ...]
 
@@ -71,7 +72,7 @@ class Sizes:
             case tree.Axis(size=size):
                 return str(size)
             case tree.Pad(axis=axis):
-                return self.dimension(axis)
+                return self.of[padded(axis.name or "")]
             case tree.Product(factors=factors):
                 return product([self.dimension(factor) for factor in factors])
             case tree.Sum(terms=terms):
@@ -155,6 +156,8 @@ def _cut(
 ) -> tuple[list[str], list[Run]]:
     """Narrow a dimension to the terms that the path takes. Returns the steps and what each new dimension holds."""
     match dimension:
+        case tree.Pad(axis=axis):
+            return [f".narrow({place}, 0, {sizes.dimension(axis)})"], [axes]
         case tree.Sum(terms=terms):
             taken = path.pop(0)
             start = " + ".join(sizes.dimension(term) for term in terms[:taken]) or "0"

@@ -90,12 +90,14 @@ class WildHead:
             template = replace(tensor.template, parts=tuple(parts))
             holes = [part for part in parts if isinstance(part, tree.NumberHole)]
             code = pattern_code(template, self.emitter.params, self.emitter.spelled, holes)
-            out.append(call("Wide", code, *(self._numbers(hole.value) for hole in holes)))
+            out.append(call("Wide", code, *(self._numbers(hole) for hole in holes)))
         return out
 
-    def _numbers(self, value: tree.Expr) -> str:
+    def _numbers(self, hole: tree.NumberHole) -> str:
         """The numbers that a hole may hold."""
-        emitter = self.emitter
+        emitter, value = self.emitter, hole.value
+        if hole.local and isinstance(value, tree.Name):
+            return f"range(len({emitter.range(value.path)}))"
         if isinstance(value, tree.Name) and not emitter.is_open(value.path):
             return emitter.range(value.path)
         for name in ir.names_in(value):
@@ -109,12 +111,12 @@ class WildHead:
         return f"{{{python(value, emitter.params)} {clauses}}}"
 
 
-def first_position(template: tree.Template, absorbed: Container[str], indices: Mapping[str, ir.Index]) -> tree.Template:
+def first_position(template: tree.Template, absorbed: Container[str], firsts: Mapping[str, tree.Expr]) -> tree.Template:
     """A name with all that it absorbs at the first position: there is one such name for each group."""
 
     def change(node: tree.Node) -> tree.Node:
-        if isinstance(node, tree.Name) and node.path in absorbed and node.path in indices:
-            return indices[node.path].lower or tree.Number(0, span=node.span)
+        if isinstance(node, tree.Name) and node.path in absorbed and node.path in firsts:
+            return replace(firsts[node.path], span=node.span)
         return node
 
     parts: list[tree.Part] = []

@@ -59,6 +59,7 @@ CATALOGUE: dict[str, Entry] = {
     "P452": Entry("sharded-twice", "axis on two mesh dimensions", "c"),
     "P453": Entry("uneven-shard", "axis does not divide over the ranks", "t"),
     "P454": Entry("block-cut", "a shard cuts a codec block", "t"),
+    "P455": Entry("not-cut", "this cannot be cut over ranks", "c"),
     "C501": Entry("unknown-tensor", "no rule reads this stored name", "a"),
     "C502": Entry("missing-tensor", "a rule's tensor is absent", "a"),
     "C503": Entry("wrong-size", "header contradicts a known size", "a"),
@@ -79,4 +80,5 @@ CATALOGUE: dict[str, Entry] = {
     "L704": Entry("mergeable", "lines differ in one word", "c", "lint"),
     "L706": Entry("long-line", "over 120 columns", "c", "lint"),
     "L707": Entry("look-alike", "free axis differs from a declared one by case", "c", "lint"),
+    "L708": Entry("cut-router", "an index is cut in a shape of both sides", "c", "lint"),
 }

@@ -107,7 +107,7 @@ class Adapter:
             named=_once(self._right_named),
             source=take,
         )
-        with _naming_the_rule():
+        with naming_the_rule():
             self.accept(take)
             self._to_right(take, put)
         take.finish()
@@ -164,7 +164,7 @@ class Adapter:
             named=_once(self._left_named),
             source=take,
         )
-        with _naming_the_rule():
+        with naming_the_rule():
             self._to_left(take, put)
         take.finish()
 
@@ -183,19 +183,19 @@ class Adapter:
         Optional tensors and what wildcards carry are not listed. With `quantization` formats are those that reading
         found, else the first of the map.
         """
-        chooser = Put(_refuse, _refuse, quantization=quantization, entries=self.complement.entries)
+        chooser = Put(refuse, refuse, quantization=quantization, entries=self.complement.entries)
         return _keys(self._listed(self._to_right), chooser)
 
     def right_keys(self) -> Keys:
         """Every name of the right side, with its shape where map and config fix it."""
-        return _keys(self._listed(self._to_left), Put(_refuse, _refuse, entries=self.complement.right))
+        return _keys(self._listed(self._to_left), Put(refuse, refuse, entries=self.complement.right))
 
     def _listed(self, direction: Callable[[Any, Put], None]) -> NameList:
         """What a direction would take of a whole state."""
         self.set_params(self.config)
         names = NameList()
-        with _naming_the_rule():
-            direction(names, Put(_ignore, _refuse, device=torch.device("meta")))
+        with naming_the_rule():
+            direction(names, Put(ignore, refuse, device=torch.device("meta")))
         return names
 
     def _left_named(self) -> set[str]:
@@ -234,7 +234,7 @@ def _once(names: Callable[[], set[str]]) -> Callable[[], set[str]]:
 
 
 @contextmanager
-def _naming_the_rule() -> Iterator[None]:
+def naming_the_rule() -> Iterator[None]:
     """Errors out of a conversion name the rule that was at work."""
     try:
         yield
@@ -251,11 +251,11 @@ def _naming_the_rule() -> Iterator[None]:
         raise ConversionError("N118", f"values of the config are of the wrong kind: {err}", rule) from None
 
 
-def _ignore(name: str, tensor: Tensor) -> None:
+def ignore(name: str, tensor: Tensor) -> None:
     """Constants are made while names are listed, on the meta device, and go nowhere."""
 
 
-def _refuse(*_: Any) -> Any:
+def refuse(*_: Any) -> Any:
     raise AssertionError("nothing is put while names are listed")
 
 

@@ -14,7 +14,7 @@ from mapdsl.runtime.codecs.values import Cast
 from mapdsl.runtime.complement import RAW, Alternatives, Complement, Entries, Raw
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.fitting import Pattern, fitted, fitted_together
-from mapdsl.runtime.sizes import Sized
+from mapdsl.runtime.sizes import Size, Sized, counted
 from mapdsl.runtime.stored_forms import MAX_KNOWN, Found, StoredForms
 
 # A state with fewer tensors than this asks for no more groups that are not there: the config is out of its mind.
@@ -74,16 +74,17 @@ class GroupAtHand(StoredForms):
         operands: list[tuple[list[str], Pattern | None, Alternatives]],
         optional: bool,
         into: Alternatives,
-        sizes: Mapping[str, int],
+        sizes: Mapping[str, Size],
     ) -> bool:
         """Note the members of a group, and see whether it is there.
 
         A group may be absent whole where that is said, and where its tensors have no elements: no expert, no name.
         """
         self._members = {}
+        known = counted(sizes)
         for names, shape, stored in operands:
             if names:
-                self._members |= dict.fromkeys(names, Member(names[0], stored, shape, sizes, into))
+                self._members |= dict.fromkeys(names, Member(names[0], stored, shape, known, into))
         self._begin()
         self._shapes = {}
         self._last = None
@@ -96,7 +97,7 @@ class GroupAtHand(StoredForms):
             self._move_undecoded(into)
             return bool(members)
         shapes = [shape for _, shape, _ in operands if isinstance(shape, tuple)]
-        is_empty = any(0 in shape for shape in shapes) or min(sizes.values(), default=1) <= 0
+        is_empty = any(0 in shape for shape in shapes) or min(known.values(), default=1) <= 0
         if len(missing) < len(members) or not (optional or self.partial or is_empty):
             self._refuse_incomplete(missing, len(members))
         self._count_absent()

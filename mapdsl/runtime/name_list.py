@@ -11,7 +11,7 @@ from mapdsl.runtime.complement import Alternatives
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.fitting import Pattern
 from mapdsl.runtime.names import Wide
-from mapdsl.runtime.sizes import PartialShape, either_shape, shape_of
+from mapdsl.runtime.sizes import PartialShape, Size, counted, either_shape, shape_of
 from mapdsl.runtime.stored_forms import AS_IS, NOT_AT_ALL
 from mapdsl.runtime.take import Operand, Take
 
@@ -24,7 +24,7 @@ class Listed(NamedTuple):
     name: str
     stored: Alternatives
     shape: Pattern | None
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, Size]
     twin: str | None = None
 
 
@@ -35,8 +35,8 @@ class NameList(Take):
     optional, dropped or shut out by a guard too.
     """
 
-    def __init__(self) -> None:
-        super().__init__({}, partial=True)
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__({} if tensors is None else tensors, partial=True)
         self.names: list[Listed] = []
         self.named: set[str] = set()
 
@@ -48,14 +48,14 @@ class NameList(Take):
         shape: Pattern | None = None,
         optional: bool = False,
         into: Alternatives = NOT_AT_ALL,
-        **sizes: int,
+        **sizes: Size,
     ) -> Tensor | None:
         """Note one name."""
         del into
         self._note(name, stored, shape, optional, sizes)
         return None
 
-    def group(self, *operands: Operand, optional: bool = False, into: Alternatives = NOT_AT_ALL, **sizes: int) -> bool:
+    def group(self, *operands: Operand, optional: bool = False, into: Alternatives = NOT_AT_ALL, **sizes: Size) -> bool:
         """Note the names of a group."""
         del into
         for names, shape, *rest in operands:
@@ -71,7 +71,7 @@ class NameList(Take):
         *,
         shape: Pattern | None = None,
         optional: bool = False,
-        **sizes: int,
+        **sizes: Size,
     ) -> None:
         """Note a constant."""
         del value
@@ -85,7 +85,7 @@ class NameList(Take):
         *,
         shape: Pattern | None = None,
         optional: bool = False,
-        **sizes: int,
+        **sizes: Size,
     ) -> None:
         """Note a tied tensor; its twin is another rule's."""
         self._note(name, stored, shape, optional, sizes, twin=other)
@@ -93,7 +93,8 @@ class NameList(Take):
     def shapes(self) -> dict[str, tuple[int | None, ...] | None]:
         """The shape of every name as far as it is known; a tie has that of its twin."""
         own: dict[str, PartialShape | None] = {
-            of.name: shape_of(of.shape, of.sizes) if isinstance(of.shape, str) else of.shape for of in self.names
+            of.name: shape_of(of.shape, counted(of.sizes)) if isinstance(of.shape, str) else of.shape
+            for of in self.names
         }
         ties = {of.name: of.twin for of in self.names if of.twin is not None}
         return own | {name: either_shape(own[name], own.get(twin)) for name, twin in ties.items()}
@@ -113,7 +114,7 @@ class NameList(Take):
         stored: Alternatives,
         shape: Pattern | None,
         optional: bool,
-        sizes: Mapping[str, int],
+        sizes: Mapping[str, Size],
         twin: str | None = None,
     ) -> None:
         self.named.add(name)
@@ -121,5 +122,5 @@ class NameList(Take):
             raise ConversionError("C505", f"the config makes more than {MAX_NAMES:,} tensors")
         # A tensor without elements is on neither side: the other one has no names for it.
         stated = shape if isinstance(shape, tuple) else ()
-        if not optional and all(size > 0 for size in (*sizes.values(), *stated)):
+        if not optional and all(size > 0 for size in (*counted(sizes).values(), *stated)):
             self.names.append(Listed(name, stored, shape, sizes, twin))

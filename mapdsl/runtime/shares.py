@@ -6,9 +6,12 @@ the share of an axis is one run of its positions, nested and joined like the axe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 Run = tuple[int, int]
 """Positions from the first to before the second."""
@@ -16,6 +19,11 @@ Run = tuple[int, int]
 How = Literal["evenly", "unevenly", "by ceil", "or copies"]
 """What a mesh says of an axis. The ranks' shares are equal; or the first ranks have one more; or shares are of the size
 rounded up, as `torch.chunk` makes them, and the last ranks have less; or more ranks than positions share these."""
+
+
+def padded(axis: str) -> str:
+    """What a padded axis is called where it is meant with its padding: no axis of a map is called so."""
+    return f"{axis}__padded"
 
 
 @dataclass(frozen=True)
@@ -89,3 +97,108 @@ def _merged(runs: Iterable[Run]) -> tuple[Run, ...]:
         elif begin < end:
             found.append((begin, end))
     return tuple(found)
+
+
+# --- patterns ---
+
+
+def held_of(pattern: str, axes: Mapping[str, Held]) -> tuple[Held, ...]:
+    """What is held of each dimension of a pattern, such as `(h c + g c) d`, by what is held of its axes.
+
+    Raises KeyError for an axis that is not there.
+    """
+    words = re.findall(r"[A-Za-z_]\w*|\d+|[()+]", pattern)
+    found, place = [], 0
+    while place < len(words):
+        dimension, place = _factor(words, place, axes)
+        found.append(dimension)
+    return tuple(found)
+
+
+def _factor(words: list[str], place: int, axes: Mapping[str, Held]) -> tuple[Held, int]:
+    word = words[place]
+    if word != "(":
+        return whole(int(word)) if word.isdigit() else axes[word], place + 1
+    terms, product, place = [], whole(1), place + 1
+    while words[place] != ")":
+        if words[place] == "+":
+            terms.append(product)
+            product, place = whole(1), place + 1
+            continue
+        factor, place = _factor(words, place, axes)
+        product = nested(product, factor)
+    return joined([*terms, product]), place + 1
+
+
+# --- from ranks to a rank ---
+
+Box = tuple[Run, ...]
+"""A part of a tensor: a run of positions of each dimension."""
+
+
+class Region(NamedTuple):
+    """A box of a tensor, and where one of the sources holds it in its own."""
+
+    source: int
+    source_box: Box
+    box: Box
+
+
+class Assembly(NamedTuple):
+    """How a tensor is put together: boxes of sources, each position once, and boxes that others hold too."""
+
+    regions: tuple[Region, ...]
+    replicas: tuple[Region, ...]
+
+
+@lru_cache(maxsize=4096)
+def assembly(target: tuple[Held, ...], sources: tuple[tuple[Held, ...], ...]) -> Assembly | None:
+    """How what is held of a tensor comes from what each source holds of it; None where a position is held by none."""
+    columns = [_cells(held, [source[n] for source in sources]) for n, held in enumerate(target)]
+    regions, replicas = [], []
+    for cells in itertools.product(*columns):
+        box = tuple(cell.run for cell in cells)
+        holders = [n for n in range(len(sources)) if all(cell.starts[n] is not None for cell in cells)]
+        found = [Region(n, tuple(_at(cell, n) for cell in cells), box) for n in holders]
+        if not found:
+            return None
+        regions.append(found[0])
+        replicas += found[1:]
+    return Assembly(tuple(regions), tuple(replicas))
+
+
+class _Cell(NamedTuple):
+    """A run of what is held of a dimension, and where each source has it in its own, if it has."""
+
+    run: Run
+    starts: tuple[int | None, ...]
+
+
+def _at(cell: _Cell, source: int) -> Run:
+    start = cell.starts[source]
+    assert start is not None  # a holder
+    return start, start + cell.run[1] - cell.run[0]
+
+
+def _cells(target: Held, sources: list[Held]) -> list[_Cell]:
+    """The runs of a dimension, cut where a source's runs begin or end."""
+    edges = sorted({edge for source in sources for run in source.runs for edge in run})
+    cells = []
+    local = 0
+    for begin, end in target.runs:
+        places = [begin, *(edge for edge in edges if begin < edge < end), end]
+        for first, last in itertools.pairwise(places):
+            starts = tuple(_local_place(source, first) for source in sources)
+            cells.append(_Cell((local, local + last - first), starts))
+            local += last - first
+    return cells
+
+
+def _local_place(held: Held, place: int) -> int | None:
+    """Where a position lies among those that are held."""
+    local = 0
+    for begin, end in held.runs:
+        if begin <= place < end:
+            return local + place - begin
+        local += end - begin
+    return None

@@ -50,6 +50,17 @@ class Sized(NamedTuple):
     shape: Sequence[int]
 
 
+Size = int | range
+"""The size of an axis, or the positions of it that a rank holds."""
+
+
+def counted(sizes: Mapping[str, Size]) -> Mapping[str, int]:
+    """Sizes of axes as numbers."""
+    if any(type(size) is range for size in sizes.values()):
+        return {axis: len(size) if isinstance(size, range) else size for axis, size in sizes.items()}
+    return sizes  # type: ignore[return-value]
+
+
 class _Solver:
     """Finds sizes, one dimension after the other; `origins` are the tensors that they were read off."""
 

@@ -14,6 +14,7 @@ from mapdsl.runtime.complement import RAW, Alternatives, Raw
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.fitting import Pattern, compare, fitted, place, reshaped, same_bytes, window
 from mapdsl.runtime.group import GroupAtHand
+from mapdsl.runtime.sizes import Size, counted
 from mapdsl.runtime.stored_forms import AS_IS, NOT_AT_ALL
 from mapdsl.runtime.undecoded import Undecoded
 
@@ -42,7 +43,7 @@ class Take(GroupAtHand):
         shape: Pattern | None = None,
         optional: bool = False,
         into: Alternatives = NOT_AT_ALL,
-        **sizes: int,
+        **sizes: Size,
     ) -> Tensor | None:
         """The tensor of a name, decoded; None where it may be absent and is.
 
@@ -57,7 +58,7 @@ class Take(GroupAtHand):
 
     # --- groups ---
 
-    def group(self, *operands: Operand, optional: bool = False, into: Alternatives = NOT_AT_ALL, **sizes: int) -> bool:
+    def group(self, *operands: Operand, optional: bool = False, into: Alternatives = NOT_AT_ALL, **sizes: Size) -> bool:
         """Whether the tensors of one match are there: all, or an error; none is fine where they may be absent.
 
         An operand is `(names, shape)` or `(names, shape, stored)`; `sizes` are those of axes known beforehand.
@@ -88,6 +89,10 @@ class Take(GroupAtHand):
         model = self._peek(name if isinstance(codec, Raw) else codec.payload(name))
         dtype = model.dtype if isinstance(codec, Raw) else self._decoded_dtype(name, codec)
         return self._allocate(shape, dtype, model.device)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A new tensor like `empty`, of zeros, where what is padded stays so."""
+        return self.empty(*shape).zero_()
 
     def part(self, name: str, out: Tensor | None = None) -> Tensor:
         """A tensor of the group at hand, decoded (to `out`, if given) and checked against the shape of its operand."""
@@ -146,7 +151,7 @@ class Take(GroupAtHand):
         *,
         shape: Pattern | None = None,
         optional: bool = False,
-        **sizes: int,
+        **sizes: Size,
     ) -> None:
         """Take a tensor and see that every element is `value` in its dtype; R601 names the first that differs."""
         if not self._gather([([name], shape, stored)], optional, NOT_AT_ALL, sizes):
@@ -171,7 +176,7 @@ class Take(GroupAtHand):
         *,
         shape: Pattern | None = None,
         optional: bool = False,
-        **sizes: int,
+        **sizes: Size,
     ) -> None:
         """Take a tensor that must equal another of this side, not taken yet, byte for byte as stored.
 
@@ -181,7 +186,7 @@ class Take(GroupAtHand):
             return
         codec = self._alternative(name, stored)
         if shape is not None:
-            fitted(name, shape, self._shape(name), sizes)
+            fitted(name, shape, self._shape(name), counted(sizes))
         if other not in self and not self._elsewhere(other, stored):
             if not self.partial:
                 raise ConversionError("R605", f"{other} is missing: {name} is tied to it")

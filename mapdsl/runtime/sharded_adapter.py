@@ -1,0 +1,130 @@
+"""The base of compiled adapters of maps with meshes: the same conversions, of whole states and of one rank's share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from mapdsl.runtime.adapter import Adapter, ignore, naming_the_rule, refuse
+from mapdsl.runtime.assembling import assembled
+from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.place import Place
+from mapdsl.runtime.put import Put
+from mapdsl.runtime.resharding import Resharding
+from mapdsl.runtime.share_list import ShareList
+from mapdsl.runtime.shares import How
+
+Ranks = Mapping[str, int]
+_Adapter = TypeVar("_Adapter", bound="ShardedAdapter")
+
+
+class ShardedAdapter(Adapter):
+    """An adapter whose axes are cut over the ranks of meshes.
+
+    As it is made it converts whole states; `at` gives that of one rank. `shard`, `merge` and `reshard` move one side
+    from some ranks to others. Ranks are given by mesh: `{"tp": 4, "ep": 2}`, one of them as `{"tp": 3, "ep": 0}`, and
+    states of all ranks in a list, the mesh that the map declares last counting fastest.
+    """
+
+    MESHES: ClassVar[Mapping[str, Mapping[str, How]]] = {}
+    place = Place({})
+
+    # --- one rank ---
+
+    def at(self: _Adapter, ranks: Ranks, rank: Ranks, *, counts_from_all: bool = False) -> _Adapter:
+        """The adapter of one rank's share: `ranks` says over how many each mesh cuts, `rank` which one this is.
+
+        It converts what one rank holds of either side; a mesh that is not named is one rank. With `counts_from_all`
+        `{local e}` in a name counts as in a whole state. Raises ConversionError: N113 for a mesh that the map has not
+        and a rank that there is not, P453 where an axis does not divide, as soon as it is asked for.
+        """
+        other = copy.copy(self)
+        other.complement = type(self.complement)()
+        other.place = Place(self.MESHES, ranks, rank, counts_from_all=counts_from_all)
+        other.set_params(other.config)
+        return other
+
+    def counting_from_all(self: _Adapter) -> _Adapter:
+        """The adapter of this rank under the names of a whole state."""
+        return self.at(self.place.ranks, self.place.rank, counts_from_all=True)
+
+    def list_shares(self, side: str, tensors: Mapping[str, Tensor]) -> ShareList:
+        """What this rank holds of a side; of `tensors`, its state, names are looked at that the map does not say."""
+        if side not in (self.LEFT, self.RIGHT):
+            raise ConversionError("N111", f"the sides of the map are `{self.LEFT}` and `{self.RIGHT}`, not `{side}`")
+        self.set_params(self.config)
+        shares = ShareList(tensors)
+        with naming_the_rule():
+            if side == self.LEFT:
+                self.accept(shares)
+            direction = self._to_right if side == self.LEFT else self._to_left
+            direction(shares, Put(ignore, refuse, device=torch.device("meta")))
+        return shares
+
+    # --- from ranks to ranks ---
+
+    def shard(
+        self, state_dict: Mapping[str, Tensor], ranks: Ranks, rank: Ranks, *, side: str = ""
+    ) -> dict[str, Tensor]:
+        """What one rank holds of a whole state; `side` is the right one if not said. Tensors own their memory.
+
+        Raises ConversionError where the state does not fit the map, and P453 or P454 where it cannot be cut so.
+        """
+        return self.reshard([state_dict], {}, ranks, rank, side=side)
+
+    def merge(
+        self, states: Sequence[Mapping[str, Tensor]], ranks: Ranks, *, side: str = "", compare: bool = True
+    ) -> dict[str, Tensor]:
+        """The whole state of those of all ranks; R602 where what several of them hold differs.
+
+        Without `compare` the first rank's is taken.
+        """
+        return self.reshard(states, ranks, {}, {}, side=side, compare=compare)
+
+    def reshard(
+        self,
+        states: Sequence[Mapping[str, Tensor]],
+        ranks: Ranks,
+        to: Ranks,
+        rank: Ranks,
+        *,
+        side: str = "",
+        compare: bool = True,
+    ) -> dict[str, Tensor]:
+        """What one rank of others, `to`, holds, out of the states of all `ranks`; nothing larger is made."""
+        plan = Resharding(self, side or self.RIGHT, states, ranks)
+        made = plan.target(to, rank)
+        return {name: assembled(name, one, states, compare=compare) for name, one in made.items()}
+
+    # --- what compiled adapters ask ---
+
+    def mesh_size(self, mesh: str) -> int:
+        """Over how many ranks a mesh cuts its axes."""
+        return self.place.size(mesh)
+
+    def mesh_rank(self, mesh: str) -> int:
+        """The place of this rank in a mesh."""
+        return self.place.coordinate(mesh)
+
+    def held(self, axis: str, positions: range) -> range:
+        """Those positions of an axis that this rank holds; P453 where they do not divide."""
+        return self.place.held(axis, positions)
+
+    def held_padded(self, axis: str, positions: range, multiple: int) -> range:
+        """Those positions that this rank holds of an axis rounded up to a multiple."""
+        return self.place.held_padded(axis, positions, multiple)
+
+    def unpadded(self, axis: str, held: range) -> range:
+        """Those positions of an axis that lie in what is held of it with its padding."""
+        return self.place.unpadded(axis, held)
+
+    def counted_from(self, held: range, positions: range) -> int:
+        """What the numbers in the names of a rank count from."""
+        return positions.start if self.place.counts_from_all else held.start
+
+
+__all__ = ["ShardedAdapter"]
