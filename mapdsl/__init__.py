@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mapdsl.checkpoint.compare import Comparison, compare
     from mapdsl.checkpoint.convert import Conversion, convert
+    from mapdsl.checkpoint.convert_ranks import RanksConversion, convert_ranks
     from mapdsl.checkpoint.verify import Verification, verify
     from mapdsl.language.diagnostics import Diagnostic, MapError
     from mapdsl.map import Map, load
@@ -22,10 +23,12 @@ __all__ = [
     "Diagnostic",
     "Map",
     "MapError",
+    "RanksConversion",
     "Verification",
     "__version__",
     "compare",
     "convert",
+    "convert_ranks",
     "load",
     "verify",
 ]
@@ -38,9 +41,11 @@ _HOMES = {
     "Diagnostic": "mapdsl.language.diagnostics",
     "Map": "mapdsl.map",
     "MapError": "mapdsl.language.diagnostics",
+    "RanksConversion": "mapdsl.checkpoint.convert_ranks",
     "Verification": "mapdsl.checkpoint.verify",
     "compare": "mapdsl.checkpoint.compare",
     "convert": "mapdsl.checkpoint.convert",
+    "convert_ranks": "mapdsl.checkpoint.convert_ranks",
     "load": "mapdsl.map",
     "verify": "mapdsl.checkpoint.verify",
 }

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mapdsl.checkpoint.dcp_metadata import DATA_SUFFIX, METADATA_FILE, SavedTensor, read_saved_state
 from mapdsl.checkpoint.files import bad_file, is_plain_name, leaves_folder, natural_key, read_object, reason
@@ -19,7 +19,10 @@ from mapdsl.checkpoint.headers import StoredTensor, read_header
 from mapdsl.checkpoint.listing import read_json_listing, read_listing
 from mapdsl.language.diagnostics import Diagnostic, MapError
 
-Kind = Literal["safetensors", "torch", "dcp", "listing"]
+if TYPE_CHECKING:
+    from mapdsl.checkpoint.shares import Shares
+
+Kind = Literal["safetensors", "torch", "dcp", "listing", "shares"]
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _INDEX = ".index.json"
@@ -36,7 +39,7 @@ class Checkpoint:
     files to carry over to a converted checkpoint (tokenizer, generation config, licence), `refused_files` of those
     that are not, because they are links that lead out of the folder. `left_out` are keys of a torch file or a
     Distributed Checkpoint that are not part of the model's state. `saved` says where the tensors of a Distributed
-    Checkpoint are.
+    Checkpoint are, `shares` where those are that a rank is to hold of a checkpoint of other ranks.
     """
 
     path: Path
@@ -49,6 +52,7 @@ class Checkpoint:
     refused_files: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     saved: Mapping[str, SavedTensor] = field(default_factory=dict)
+    shares: Shares | None = None
 
     @property
     def folder(self) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mapdsl.checkpoint.attendants import Attendants, Done, Wanted, shared_means
+from mapdsl.checkpoint.checkpoint import Checkpoint
 from mapdsl.checkpoint.completion import check_resumable, finish, is_finished, note_outcome
 from mapdsl.checkpoint.engine import convert_tensors
 from mapdsl.checkpoint.files import bad_file
@@ -88,7 +89,7 @@ class Conversion:
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Checkpoint,
     destination: str | os.PathLike[str],
     map: Map | str | os.PathLike[str],  # noqa: A002 (what else would one call it)
     *,
@@ -109,7 +110,7 @@ def convert(
     report: Report | None = None,
     ranks: Ranks | None = None,
 ) -> Conversion:
-    """Convert a checkpoint, a folder or a file, into a new folder.
+    """Convert a checkpoint, a folder or a file or one that was opened, into a new folder.
 
     `to` names the side to go to; by default the one whose names the source does not hold. To the right side, decoded
     tensors take `dtype` (bf16), and `mapdsl.complement` is written beside the output, with which the way back gives

@@ -43,8 +43,9 @@ def make_request(
         quantize,
         dict(params or {}),
         config if config is None or isinstance(config, Mapping) else Path(config),
-        use_complement,
+        use_complement and checkpoint.shares is None,  # what was kept of other tensors than these fits nothing
         format,
+        None if checkpoint.shares is None else checkpoint.shares.place,
     )
 
 

@@ -22,6 +22,7 @@ from mapdsl.checkpoint.dtypes import dtype_name, stored_shape, torch_dtype, torc
 from mapdsl.checkpoint.files import parse_object, read_text
 from mapdsl.checkpoint.headers import LENGTH_BYTES
 from mapdsl.checkpoint.layout import Entry, FileLayout, layout_of
+from mapdsl.checkpoint.shares import Place
 from mapdsl.checkpoint.sidecar import SIDE_FILE, Forgetful, Origin, SideFile
 from mapdsl.checkpoint.units import Units
 from mapdsl.checkpoint.window import PlanningWindow, Window
@@ -34,6 +35,7 @@ from mapdsl.runtime.adapter import Adapter
 from mapdsl.runtime.codecs import formats
 from mapdsl.runtime.codecs.kept import Kept
 from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.sharded_adapter import ShardedAdapter
 
 _HELP = {
     "R607": "convert without the side file (--no-complement): scales are then computed anew",
@@ -84,6 +86,7 @@ class Request:
     config: Path | Mapping[str, Any] | None = None
     use_complement: bool = True
     format: str = "safetensors"  # of the files to be written; or "dcp"
+    place: Place | None = None  # the rank whose share it is, of both sides
 
     @property
     def sides(self) -> tuple[str, str]:
@@ -253,7 +256,7 @@ def run_plan(
     complement.entries, complement.right = entries, Forgetful()
     if plan.side is not None:
         complement.decoded = dict(plan.side.decoded)
-    with _placing(request.checkpoint):
+    with placing(request.checkpoint):
         if plan.to_right:
             adapter.read_into(state, sink, read_back, dtype=request.dtype or torch.bfloat16)
         else:
@@ -288,9 +291,17 @@ def adapter_of(request: Request, side: SideFile | None) -> tuple[Adapter, str | 
     known = {} if side is None else {**side.found, **side.origin.params}
     params = {**known, **request.params}
     try:
-        return request.map.adapter(fields, **params), text
+        adapter = request.map.adapter(fields, **params)
+        return adapter if request.place is None else at_place(adapter, request.place), text
     except ConversionError as problem:
         raise _error(problem, path) from problem
+
+
+def at_place(adapter: Adapter, place: Place) -> Adapter:
+    """The adapter of one rank; ConversionError, N113, where the map has no mesh."""
+    if not isinstance(adapter, ShardedAdapter):
+        raise ConversionError("N113", f"the map `{adapter.MAP}` has no mesh, so nothing says how it is cut over ranks")
+    return adapter.at(*place)
 
 
 def _restore_layout(plan: Plan, side: SideFile) -> None:
@@ -342,7 +353,7 @@ def origin_of(plan: Plan, headers: dict[str, str], index: tuple[str, str] | None
 
 
 @contextlib.contextmanager
-def _placing(checkpoint: Checkpoint) -> Iterator[None]:
+def placing(checkpoint: Checkpoint) -> Iterator[None]:
     """Turns an error of the runtime into one that also names the file."""
     try:
         yield

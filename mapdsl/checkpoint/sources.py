@@ -12,9 +12,12 @@ from mapdsl.checkpoint.files import bad_file
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
-def open_tensors(path: str | os.PathLike[str], task: str = "convert") -> Checkpoint:
-    """A checkpoint's headers; C507 where it has no data for the task, which a listing has not, or no tensors."""
-    checkpoint = open_checkpoint(path)
+def open_tensors(path: str | os.PathLike[str] | Checkpoint, task: str = "convert") -> Checkpoint:
+    """A checkpoint's headers, read if they are not.
+
+    C507 where it has no data for the task, which a listing has not, or no tensors.
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     if not checkpoint.has_data:
         raise bad_file(checkpoint.path, f"a listing has no tensors to {task}", advice="give the checkpoint itself")
     return with_tensors(checkpoint)

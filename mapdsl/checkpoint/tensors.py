@@ -17,6 +17,7 @@ from mapdsl.checkpoint.checkpoint import TORCH_SUFFIXES, Checkpoint
 from mapdsl.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES, dtype_name, stored_shape, torch_dtype, torch_shape
 from mapdsl.checkpoint.files import bad_file, reason
 from mapdsl.checkpoint.headers import StoredTensor
+from mapdsl.checkpoint.shares import ShareReader
 from mapdsl.checkpoint.torch_files import MappedFile
 from mapdsl.language.diagnostics import MapError
 
@@ -45,7 +46,7 @@ class LazyState(Mapping[str, torch.Tensor]):
     of its element size is copied, and so is each where the system grants no map. F4 has torch's paired shape
     (`torch_shape`). The file must not be cut while it is mapped. `meta()` gives the same mapping with meta tensors,
     from the headers alone. Tensors of torch files are as they were saved, strided views too; those of a Distributed
-    Checkpoint have memory of their own.
+    Checkpoint have memory of their own, and so have those that are put together from the shares of several ranks.
 
     `state[name]` raises a MapError: C507 for a listing (no data) or a file that changed, C504 for a dtype that torch
     lacks, C503 for an F4 shape that torch cannot hold.
@@ -60,6 +61,7 @@ class LazyState(Mapping[str, torch.Tensor]):
         self._pages: dict[Path, mmap.mmap] = {}
         self._loaded: dict[Path, MappedFile] = {}
         self._dcp: DcpReader | None = None
+        self._shares: ShareReader | None = None
 
     def meta(self) -> LazyState:
         """The same names with empty tensors on the meta device; works for listings too."""
@@ -72,6 +74,8 @@ class LazyState(Mapping[str, torch.Tensor]):
         self._loaded.clear()
         if self._dcp is not None:
             self._dcp.close()
+        if self._shares is not None:
+            self._shares.close()
 
     def release(self, name: str) -> None:
         """Let the pages of a tensor that was handed out leave this process.
@@ -80,6 +84,9 @@ class LazyState(Mapping[str, torch.Tensor]):
         lost. Does nothing where there is no map, or the system has no such call.
         """
         stored = self.checkpoint.tensors[name]
+        if self._shares is not None:
+            self._shares.release(name)
+            return
         if stored.file in self._loaded:
             self._loaded[stored.file].release(name)
         pages = self._pages.get(stored.file)
@@ -92,6 +99,8 @@ class LazyState(Mapping[str, torch.Tensor]):
         """The file and the first byte there of a tensor that is, as it lies in memory, a run of a file's bytes."""
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
             return None
+        if self._shares is not None:
+            return self._shares.range_of(tensor)
         begin = tensor.data_ptr()
         for path, whole in self._maps.items():
             if whole is not None and 0 <= begin - whole.data_ptr() <= whole.nbytes - tensor.nbytes:
@@ -112,6 +121,8 @@ class LazyState(Mapping[str, torch.Tensor]):
             raise bad_file(self._place(stored), f"tensor `{name}` has no data here", advice)
         if self.checkpoint.kind == "dcp":
             return self._from_dcp(name)
+        if self.checkpoint.kind == "shares":
+            return self._from_shares(name)
         if stored.file.name.endswith(TORCH_SUFFIXES):
             return self._from_torch_file(stored)
         return self._from_map(stored, dtype, shape)
@@ -173,6 +184,13 @@ class LazyState(Mapping[str, torch.Tensor]):
 
             self._dcp = DcpReader(self.checkpoint.folder, self.checkpoint.saved)
         return self._dcp[name]
+
+    def _from_shares(self, name: str) -> torch.Tensor:
+        shares = self.checkpoint.shares
+        assert shares is not None
+        if self._shares is None:
+            self._shares = ShareReader(shares, [LazyState(of_rank) for of_rank in shares.checkpoints])
+        return self._shares[name]
 
     def _place(self, stored: StoredTensor) -> Path:
         return stored.file if stored.file.name else self.checkpoint.path

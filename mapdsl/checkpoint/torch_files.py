@@ -31,7 +31,7 @@ def read_torch_headers(path: Path) -> tuple[dict[str, StoredTensor], tuple[str, 
     Raises a MapError, C507: no torch file, needs code to load, or holds no dict of tensors.
     """
     tensors = {}
-    state, left_out = _state(path, _load(path, "meta"))
+    state, left_out = _state(path, load_torch_file(path, "meta"))
     for name, tensor in state.items():
         try:
             dtype, shape = dtype_name(tensor.dtype), stored_shape(tensor)
@@ -46,7 +46,7 @@ class MappedFile:
     """The `tensors` of a torch file, mapped from disk where its format allows; C507 as `read_torch_headers`."""
 
     def __init__(self, path: Path) -> None:
-        self.tensors = _state(path, _load(path, "cpu"))[0]
+        self.tensors = _state(path, load_torch_file(path, "cpu"))[0]
         for name, tensor in self.tensors.items():
             if tensor.device.type != "cpu":
                 raise bad_file(path, f"tensor `{name}` was saved without data, on device {tensor.device}")
@@ -58,11 +58,15 @@ class MappedFile:
             release_pages(self.tensors[name])
 
 
-def _load(path: Path, device: str) -> Any:
+def load_torch_file(path: Path, device: str = "cpu", *, mapped: bool = True) -> Any:
+    """Whatever a torch file holds, its tensors mapped from disk where its format allows and `mapped` is left on.
+
+    Raises a MapError, C507, for what is no torch file or needs code to load.
+    """
     file_size(path)
     try:
         try:
-            return torch.load(path, map_location=device, weights_only=True, mmap=_is_zip(path))
+            return torch.load(path, map_location=device, weights_only=True, mmap=mapped and _is_zip(path))
         except RuntimeError as problem:
             if device != "meta" or "mmap" not in str(problem):
                 raise

@@ -7,8 +7,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mapdsl.cli.inputs import FILE_HELP, add_config, once, params_of, rank_count, read_config
+from mapdsl.cli.inputs import FILE_HELP, add_config, params_of, read_config
 from mapdsl.cli.output import escaped, paint, rendered, say, say_json
+from mapdsl.cli.rank_options import add_counts, by_mesh
 
 if TYPE_CHECKING:
     from mapdsl.checkpoint.checkpoint import Checkpoint
@@ -31,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--against", metavar="CKPT", help=against)
     ranks = "so many ranks of a mesh, under a config: does every axis divide over them, and is every block of a format "
     ranks += "left whole? Once for each mesh"
-    parser.add_argument("--ranks", metavar="MESH=N", type=rank_count, action="append", default=[], help=ranks)
+    add_counts(parser, ranks)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check every file; 1 if one of them has an error."""
     from mapdsl.language.diagnostics import MapError
 
-    params, ranks = params_of(arguments), once(arguments.ranks, "--ranks")
+    params, ranks = params_of(arguments), by_mesh(arguments)
     config = read_config(arguments.config) if arguments.config is not None else None
     checkpoint = _open(arguments.against, config) if arguments.against is not None else None
     results = []

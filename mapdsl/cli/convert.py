@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mapdsl.checkpoint.progress import human
+from mapdsl.checkpoint.rank_files import is_cut
 from mapdsl.cli.conversion_options import (
     SOURCE_HELP,
     add_conversion_options,
@@ -16,11 +18,14 @@ from mapdsl.cli.conversion_options import (
     usage_errors,
 )
 from mapdsl.cli.ending import told_ending
-from mapdsl.cli.output import escaped, paint, say
+from mapdsl.cli.output import UsageError, escaped, paint, say
+from mapdsl.cli.rank_options import add_moves, by_mesh
 from mapdsl.cli.ranks import ranks_of_launcher
 
 if TYPE_CHECKING:
     from mapdsl.checkpoint.convert import Conversion
+    from mapdsl.checkpoint.convert_ranks import RanksConversion
+    from mapdsl.checkpoint.progress import Report
 
 _SHOWN = 4
 
@@ -44,6 +49,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("destination", metavar="DST", help="the folder to make")
     add_conversion_options(parser)
     add_output_options(parser)
+    add_moves(parser)
     quiet = "print nothing but errors: no progress, no summary"
     add_report_options(parser, quiet=quiet, json="print events as JSON, one a line: see docs/checkpoints.md")
 
@@ -55,13 +61,17 @@ def run(arguments: argparse.Namespace) -> int:
 
         with usage_errors(), ranks_of_launcher(arguments.destination) as ranks:
             options = conversion_options(arguments) | output_options(arguments)
+            options["checksums"] = arguments.checksums
+            if by_mesh(arguments) or is_cut(arguments.source):
+                if ranks is not None:
+                    raise UsageError("what is cut over ranks is converted by one process: start it without a launcher")
+                return _between_ranks(arguments, options, report)
             is_first = ranks is None or not ranks.rank
             done = convert(
                 arguments.source,
                 arguments.destination,
                 arguments.map,
                 **options,
-                checksums=arguments.checksums,
                 progress=not arguments.quiet and is_first,
                 report=report if is_first else None,
                 ranks=ranks,
@@ -72,6 +82,56 @@ def run(arguments: argparse.Namespace) -> int:
         for line in story(done):
             say(line)
     return 0
+
+
+def _between_ranks(arguments: argparse.Namespace, options: dict[str, Any], report: Report | None) -> int:
+    """Convert what is cut over ranks, or is to be, and tell what was done."""
+    from mapdsl.checkpoint.convert_ranks import convert_ranks
+
+    done = convert_ranks(
+        arguments.source,
+        arguments.destination,
+        arguments.map,
+        ranks=by_mesh(arguments),
+        compare=not arguments.no_compare,
+        progress=not arguments.quiet,
+        report=report,
+        **options,
+    )
+    if report is not None:
+        report({"event": "done", **done.as_json()})
+    elif not arguments.quiet:
+        for line in ranks_story(done):
+            say(line)
+    return 0
+
+
+def ranks_story(done: RanksConversion) -> list[str]:
+    """What a conversion between ranks did, a line a fact."""
+    before, after = (_ranks(ranks) for ranks in (done.source_ranks, done.target_ranks))
+    sides = f"{done.source_side} of {before} -> {done.target_side} of {after}"
+    lines = [paint(f"{sides}: {escaped(str(done.destination))}", "good")]
+    read, written = (_amount(sum(one), sum(other)) for one, other in _sums(done))
+    lines.append(f"  {read} read, {written} written, in {done.seconds:.1f} s")
+    if kept := sum(share.was_complete for share in done.shares):
+        lines.append(f"  {kept} of {len(done.shares)} shares were complete")
+    if len(done.shares) == 1:
+        return lines + _verified_lines(done.shares[0])
+    verified = [share.verified for share in done.shares if share.verified is not None]
+    if verified:
+        count = _amount(sum(one.tensors for one in verified), sum(one.bytes for one in verified))
+        lines.append(f"  verified: {count} of the source compared with what was written")
+    return lines
+
+
+def _sums(done: RanksConversion) -> Iterator[tuple[list[int], list[int]]]:
+    """Numbers of tensors and of bytes: read, and written."""
+    yield [share.tensors_read for share in done.shares], [share.bytes_read for share in done.shares]
+    yield [share.tensors_written for share in done.shares], [share.bytes_written for share in done.shares]
+
+
+def _ranks(ranks: Mapping[str, int]) -> str:
+    return " x ".join(f"{count} {mesh}" for mesh, count in ranks.items() if count > 1) or "one rank"
 
 
 def story(done: Conversion) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from mapdsl.cli.inputs import FILE_HELP, add_config, once, rank_count, rank_place, values_of
+from mapdsl.cli.inputs import FILE_HELP, add_config, values_of
 from mapdsl.cli.output import UsageError, escaped, paint, say
+from mapdsl.cli.rank_options import add_counts, add_rank, by_mesh, places_of
 
 if TYPE_CHECKING:
     from mapdsl.explain.shares import Rank
@@ -19,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "explain",
         help="tell where one tensor comes from and goes to, or what an error code means",
-        usage="%(prog)s [-h] [--config C] [--param P=V] [--ranks MESH=N] [--rank MESH=R] FILE NAME\n"
+        usage="%(prog)s [-h] [--config C] [--param P=V] [--tp N] [--ranks MESH=N] [--rank R] FILE NAME\n"
         "       %(prog)s [-h] CODE",
         description="Tell where one tensor of a map comes from and goes to: its rule, the indices, the slices, the "
         "formats and what a round trip promises. Or what an error code means: a map that has it, why, and the map "
@@ -29,11 +30,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("subject", metavar="FILE", help=f"{FILE_HELP}; or an error code such as K202")
     parser.add_argument("name", metavar="NAME", nargs="?", help="a tensor's name, of either side")
     add_config(parser)
-    parser.add_argument(
-        "--ranks", metavar="MESH=N", type=rank_count, action="append", default=[], help="so many ranks of a mesh"
-    )
-    held = "the place of one rank in a mesh, from 0 (0): what does it hold? Once for each mesh"
-    parser.add_argument("--rank", metavar="MESH=R", type=rank_place, action="append", default=[], help=held)
+    add_counts(parser, "so many ranks of a mesh. Once for each mesh")
+    add_rank(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,10 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _rank(checked: Any, arguments: argparse.Namespace, params: dict[str, Any] | None) -> Rank | None:
     """The rank that is asked for; MapError where the map cannot be cut so."""
-    ranks, places = once(arguments.ranks, "--ranks"), once(arguments.rank, "--rank")
-    for mesh, place in places.items():
-        if place >= ranks.get(mesh, 1):
-            raise UsageError(f"--rank {mesh}={place} is none of {ranks.get(mesh, 1)} (--ranks {mesh}=N says how many)")
+    ranks = by_mesh(arguments)
+    places = places_of(arguments, ranks)
     if not ranks:
         return None
     from mapdsl.compiler.expand import expand, param_values

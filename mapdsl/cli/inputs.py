@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from mapdsl.compiler.check import Checked
 
 FILE_HELP = "a .map file, or the name of a shipped map (`mapdsl maps` lists them)"
-_RANKS = re.compile(r"0|[1-9][0-9]{0,4}")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]{1,300})?(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
 
 
@@ -55,31 +54,6 @@ def _value(text: str) -> Any:
     if not all(isinstance(item, (bool, int, float, str)) for item in items):
         raise argparse.ArgumentTypeError(f"a list holds numbers, strings, true and false: {escaped(text)}")
     return value
-
-
-def rank_count(text: str) -> tuple[str, int]:
-    """`MESH=N` as a name and a number; ArgumentTypeError where it is neither."""
-    return _of_mesh(text, 1, "MESH=N with N from 1 to 99999")
-
-
-def rank_place(text: str) -> tuple[str, int]:
-    """`MESH=R` as a name and a number from 0; ArgumentTypeError where it is neither."""
-    return _of_mesh(text, 0, "MESH=R with R from 0 on")
-
-
-def _of_mesh(text: str, least: int, expected: str) -> tuple[str, int]:
-    name, _, value = text.partition("=")
-    if not name.strip() or not _RANKS.fullmatch(value) or int(value) < least:
-        raise argparse.ArgumentTypeError(f"expected {expected}, found {escaped(text)!r}")
-    return name.strip(), int(value)
-
-
-def once(given: list[tuple[str, int]], option: str) -> dict[str, int]:
-    """What an option says of each mesh; UsageError where it says two things of one."""
-    found = dict(given)
-    if len(found) < len(given):
-        raise UsageError(f"{option} gives one mesh twice")
-    return found
 
 
 def params_of(arguments: argparse.Namespace) -> dict[str, Any]:

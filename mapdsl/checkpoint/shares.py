@@ -1,0 +1,73 @@
+"""What one rank is to hold of what other ranks hold, as a checkpoint: nothing is put together beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mapdsl.checkpoint.checkpoint import Checkpoint
+from mapdsl.checkpoint.dtypes import stored_shape, torch_dtype
+from mapdsl.checkpoint.headers import StoredTensor
+from mapdsl.runtime.assembling import assembled
+from mapdsl.runtime.resharding import Made
+
+if TYPE_CHECKING:
+    from mapdsl.checkpoint.tensors import LazyState
+
+
+Place = tuple[Mapping[str, int], Mapping[str, int]]
+"""Over how many ranks each mesh cuts, and which of them it is."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Where the tensors of a rank come from: the checkpoints of all ranks, and what is made of them.
+
+    `place` is the rank that they are for, if they are still to be converted. With `compare`, what several ranks hold
+    must be equal.
+    """
+
+    checkpoints: Sequence[Checkpoint]
+    made: Mapping[str, Made]
+    place: Place | None = None
+    compare: bool = True
+
+
+def stored_of(name: str, made: Made, checkpoints: Sequence[Checkpoint]) -> StoredTensor:
+    """What a header would say of a tensor."""
+    rank, like = made.like
+    model = checkpoints[rank].tensors[like]
+    outline = torch.empty(made.shape, dtype=torch_dtype(model.dtype), device="meta")
+    return StoredTensor(name, model.dtype, stored_shape(outline), model.file)
+
+
+class ShareReader:
+    """Reads the tensors of a rank, from the mapped files of others."""
+
+    def __init__(self, shares: Shares, states: Sequence[LazyState]) -> None:
+        self.shares, self.states = shares, states
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor: a view of one rank's file where it lies in one piece, else put together."""
+        return assembled(name, self.shares.made[name], self.states, compare=self.shares.compare, own=False)
+
+    def release(self, name: str) -> None:
+        """Let the pages that a tensor came from leave this process."""
+        made = self.shares.made[name]
+        for source in (*made.sources, *made.replicas):
+            self.states[source.rank].release(source.name)
+
+    def range_of(self, tensor: Tensor) -> tuple[Path, int] | None:
+        """See `LazyState.range_of`."""
+        found = (state.range_of(tensor) for state in self.states)
+        return next((place for place in found if place is not None), None)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for state in self.states:
+            state.close()
