@@ -267,7 +267,7 @@ def test_widths_come_with_the_shares(plain: Any) -> None:
 def test_ranks_of_two_dtypes(plain: Any) -> None:
     one, two = shares_of(plain)
     two["w"] = two["w"].float()
-    with pytest.raises(ConversionError, match=r"R606.*w of rank 1 is torch.float32, of another torch.bfloat16"):
+    with pytest.raises(ConversionError, match=r"R606.*w of rank 1 is torch.float32, of rank 0 torch.bfloat16"):
         plain.merge([one, two], {"tp": 2})
 
 

@@ -17,6 +17,7 @@ from mapdsl.checkpoint.byteranges import ByteRanges
 from mapdsl.checkpoint.checkpoint import Checkpoint
 from mapdsl.checkpoint.dtypes import dtype_name, stored_shape, torch_dtype, torch_shape
 from mapdsl.checkpoint.elements import STRIP_BYTES, Difference, Tally, header_difference
+from mapdsl.checkpoint.gathering import Pieces
 from mapdsl.checkpoint.headers import StoredTensor
 from mapdsl.checkpoint.layout import Entry
 from mapdsl.checkpoint.rawbytes import buffer, strips
@@ -86,6 +87,11 @@ class Checker:
                 self._equal.add(name)
             else:
                 self.differences[name] = difference
+
+    def gather(self, name: str, tensor: Tensor, pieces: Pieces) -> None:
+        """Compare a tensor that is still to be put together."""
+        del tensor
+        self.write(name, pieces.assembled())
 
     def copy(self, name: str, tensor: Tensor, source: Path, offset: int) -> None:
         """Compare one tensor, which lies in a file."""

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from mapdsl.checkpoint.dcp_metadata import DATA_SUFFIX, METADATA_FILE
 from mapdsl.checkpoint.dtypes import torch_dtype, torch_shape
+from mapdsl.checkpoint.gathering import Pieces
 from mapdsl.checkpoint.headers import StoredTensor
 from mapdsl.checkpoint.journal import WORK_PREFIX, Journal
 from mapdsl.checkpoint.layout import MAX_SHARD_BYTES, Entry, FileLayout, disk_needed
@@ -71,12 +72,22 @@ class DcpWriter(CheckpointWriter):
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """See `CheckpointWriter.write`; where an earlier run has packed the tensor already, nothing is to be done."""
+        if not self._is_packed(name, tensor):
+            super().write(name, tensor)
+
+    def gather(self, name: str, tensor: torch.Tensor, pieces: Pieces) -> None:
+        """See `CheckpointWriter.gather` and `write`."""
+        if not self._is_packed(name, tensor):
+            super().gather(name, tensor, pieces)
+
+    def _is_packed(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether an earlier run has packed a tensor; it is written then."""
         stored = self._places.get(name)
         if stored is None or stored.file.name not in self._taken_over:
-            super().write(name, tensor)
-            return
+            return False
         self._begun(name, tensor)
         self._written.add(name)
+        return True
 
     @cached_property
     def _taken_over(self) -> set[str]:

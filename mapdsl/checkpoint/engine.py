@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mapdsl.checkpoint.files import bad_file, reason
+from mapdsl.checkpoint.gathering import Pieces
 from mapdsl.checkpoint.journal import JournalFile
 from mapdsl.checkpoint.memory import Budget, held_bytes
 from mapdsl.checkpoint.passes import Plan, another_adapter, run_plan
@@ -128,6 +129,9 @@ class Writer(Protocol):
 
     def copy(self, name: str, tensor: Tensor, source: Path, offset: int) -> None:
         """Take a tensor whose bytes lie in a file from an offset on."""
+
+    def gather(self, name: str, tensor: Tensor, pieces: Pieces) -> None:
+        """Take a tensor that is still to be put together; `tensor` has its dtype and shape."""
 
     def view(self, name: str) -> Tensor | None:
         """Memory to fill with a tensor, if there is any: a shared map of a file."""
@@ -346,6 +350,8 @@ class _Worker:
         target, placed = plan.name_of(name), self._places.pop(name, None)
         if placed is not None and placed.data_ptr() == tensor.data_ptr():
             writer.viewed(target, tensor)
+        elif (pieces := self.window.unread(tensor)) is not None:
+            writer.gather(target, tensor, pieces)
         elif (found := self.window.range_of(tensor)) is not None:
             writer.copy(target, tensor, *found)
         else:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mapdsl.checkpoint.checkpoint import Checkpoint
-from mapdsl.checkpoint.files import MAX_TEXT_BYTES, bad_file
+from mapdsl.checkpoint.files import MAX_TEXT_BYTES, bad_file, is_plain_name
 from mapdsl.checkpoint.headers import BITS, LENGTH_BYTES, StoredTensor, checked_size, header_bytes, parse_header
 
 Entry = tuple[str, str, Sequence[int]]
@@ -135,3 +135,20 @@ def _encode(shard: list[tuple[Entry, int]], metadata: dict[str, str]) -> bytes:
         message = f"{len(shard):,} tensors need a header of {len(text):,} bytes, safetensors allows {MAX_TEXT_BYTES:,}"
         raise bad_file("", message, advice="write smaller shards (max_shard_bytes)")
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def places_in(layout: Sequence[FileLayout]) -> dict[str, StoredTensor]:
+    """Every tensor's place; refuses names that leave the folder, and tensors or files that come twice."""
+    places: dict[str, StoredTensor] = {}
+    names: set[str] = set()
+    for file in layout:
+        if not is_plain_name(file.name):
+            raise bad_file(file.name, "a file of the layout has no plain name", advice="no folders, no `..`")
+        if file.name in names:
+            raise bad_file(file.name, "the layout has this file twice", code="C506")
+        names.add(file.name)
+        for tensor in file.tensors:
+            if tensor.name in places:
+                raise bad_file(file.name, f"tensor `{tensor.name}` is in {places[tensor.name].file} too", code="C506")
+            places[tensor.name] = tensor
+    return places

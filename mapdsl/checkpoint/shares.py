@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mapdsl.checkpoint.checkpoint import Checkpoint
 from mapdsl.checkpoint.dtypes import stored_shape, torch_dtype
+from mapdsl.checkpoint.gathering import Pieces
 from mapdsl.checkpoint.headers import StoredTensor
 from mapdsl.runtime.assembling import assembled
 from mapdsl.runtime.resharding import Made
@@ -55,6 +56,15 @@ class ShareReader:
     def __getitem__(self, name: str) -> Tensor:
         """A tensor: a view of one rank's file where it lies in one piece, else put together."""
         return assembled(name, self.shares.made[name], self.states, compare=self.shares.compare, own=False)
+
+    def pieces(self, name: str) -> Pieces | None:
+        """A tensor that is still to be put together, where it goes out as it is; None of one that lies in one piece."""
+        made = self.shares.made[name]
+        if self.shares.place is not None or made.value is not None or len(made.sources) < 2 or not made.shape:
+            return None
+        rank, like = made.like
+        dtype = torch_dtype(self.states[rank].checkpoint.tensors[like].dtype)
+        return Pieces(name, made, self.states, dtype, self.shares.compare)
 
     def release(self, name: str) -> None:
         """Let the pages that a tensor came from leave this process."""

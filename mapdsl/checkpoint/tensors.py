@@ -16,6 +16,7 @@ import torch
 from mapdsl.checkpoint.checkpoint import TORCH_SUFFIXES, Checkpoint
 from mapdsl.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES, dtype_name, stored_shape, torch_dtype, torch_shape
 from mapdsl.checkpoint.files import bad_file, reason
+from mapdsl.checkpoint.gathering import Pieces
 from mapdsl.checkpoint.headers import StoredTensor
 from mapdsl.checkpoint.shares import ShareReader
 from mapdsl.checkpoint.torch_files import MappedFile
@@ -122,7 +123,7 @@ class LazyState(Mapping[str, torch.Tensor]):
         if self.checkpoint.kind == "dcp":
             return self._from_dcp(name)
         if self.checkpoint.kind == "shares":
-            return self._from_shares(name)
+            return self._share_reader()[name]
         if stored.file.name.endswith(TORCH_SUFFIXES):
             return self._from_torch_file(stored)
         return self._from_map(stored, dtype, shape)
@@ -185,12 +186,16 @@ class LazyState(Mapping[str, torch.Tensor]):
             self._dcp = DcpReader(self.checkpoint.folder, self.checkpoint.saved)
         return self._dcp[name]
 
-    def _from_shares(self, name: str) -> torch.Tensor:
+    def pieces(self, name: str) -> Pieces | None:
+        """What a tensor is still to be put together from, where it comes from the shares of ranks and goes to one."""
+        return None if self.checkpoint.shares is None else self._share_reader().pieces(name)
+
+    def _share_reader(self) -> ShareReader:
         shares = self.checkpoint.shares
         assert shares is not None
         if self._shares is None:
             self._shares = ShareReader(shares, [LazyState(of_rank) for of_rank in shares.checkpoints])
-        return self._shares[name]
+        return self._shares
 
     def _place(self, stored: StoredTensor) -> Path:
         return stored.file if stored.file.name else self.checkpoint.path

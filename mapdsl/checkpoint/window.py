@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from mapdsl.checkpoint.checkpoint import Checkpoint
+from mapdsl.checkpoint.gathering import Pieces
 from mapdsl.checkpoint.tensors import LazyState
 from mapdsl.checkpoint.units import UnitFinder
 from mapdsl.runtime.watched import Form, WatchedState
@@ -41,13 +42,17 @@ class Window(LazyState):
         tensor = super().__getitem__(name)
         self.asked[name] = None
         if not self._is_meta:
-            self._recent.append(name)
-            self._recent_bytes += self.checkpoint.tensors[name].nbytes
-            while self._recent_bytes > WINDOW_BYTES and len(self._recent) > 1:
-                oldest = self._recent.popleft()
-                self._recent_bytes -= self.checkpoint.tensors[oldest].nbytes
-                self.release(oldest)
+            self._note_recent(name)
         return tensor
+
+    def _note_recent(self, name: str) -> None:
+        """A tensor is handed out: let go of those before the last ones."""
+        self._recent.append(name)
+        self._recent_bytes += self.checkpoint.tensors[name].nbytes
+        while self._recent_bytes > WINDOW_BYTES and len(self._recent) > 1:
+            oldest = self._recent.popleft()
+            self._recent_bytes -= self.checkpoint.tensors[oldest].nbytes
+            self.release(oldest)
 
 
 class PlanningWindow(Window, WatchedState):
@@ -108,9 +113,25 @@ class WorkingWindow(Window, WatchedState):
         self._others = Window(checkpoint, device="meta")
         self.looked_at: str | None = None  # the first tensor of the group at work
         self._begins, self._allocated = True, 0
+        self._unread: dict[int, tuple[torch.Tensor, Pieces]] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return super().__getitem__(name) if self._is_mine(name) else self._others[name]
+        if not self._is_mine(name):
+            return self._others[name]
+        pieces = self.pieces(name)
+        if pieces is None:
+            return super().__getitem__(name)
+        # It goes out as it came in: what is handed out stands for it, and has no memory.
+        self.asked[name] = None
+        self._note_recent(name)
+        tensor = torch.empty((), dtype=pieces.dtype).expand(pieces.made.shape)
+        self._unread[id(tensor)] = tensor, pieces
+        return tensor
+
+    def unread(self, tensor: torch.Tensor) -> Pieces | None:
+        """What a tensor that was handed out stands for, if it does; asked once."""
+        _, pieces = self._unread.pop(id(tensor), (None, None))
+        return pieces
 
     def begin(self) -> None:
         """See `WatchedState.begin`."""

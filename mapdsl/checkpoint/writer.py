@@ -21,6 +21,7 @@ from mapdsl.checkpoint.completion import clean_up
 from mapdsl.checkpoint.dtypes import DTYPE_NAMES, stored_shape, torch_dtype, torch_shape
 from mapdsl.checkpoint.file_writing import allocate, copy_range, flush, flush_folder, write_tensor
 from mapdsl.checkpoint.files import bad_file, is_plain_name, leaves_folder, reason
+from mapdsl.checkpoint.gathering import Pieces
 from mapdsl.checkpoint.headers import StoredTensor
 from mapdsl.checkpoint.interrupts import deferred_interrupts
 from mapdsl.checkpoint.journal import JournalFile, partial_folder
@@ -31,6 +32,7 @@ from mapdsl.checkpoint.layout import (
     FileLayout,
     disk_needed,
     index_text,
+    places_in,
     plan_layout,
 )
 from mapdsl.checkpoint.ranks import may_go_on
@@ -77,7 +79,7 @@ class CheckpointWriter:
         self.destination = Path(destination)
         self.layout = tuple(layout)
         self._write_index = write_index
-        self._places = _places(self.layout)
+        self._places = places_in(self.layout)
         self._files = {file.name for file in self.layout}
         self._started: set[str] = set()
         self._written: set[str] = set()
@@ -118,29 +120,22 @@ class CheckpointWriter:
         name that is not in the layout, C503 and C504 for another shape or dtype than its header's, C506 for a second
         write, C507 where the disk fails (then the whole writer is aborted).
         """
-        stored = self._begun(name, tensor)
-        try:
-            with self._removing(f"write tensor `{name}`"):
-                write_tensor(self._folder / stored.file, stored.begin, tensor)
-        except BaseException:
-            self._started.discard(name)
-            raise
-        self._written.add(name)
+        with self._writing(name, tensor) as stored:
+            write_tensor(self._folder / stored.file, stored.begin, tensor)
 
     def copy(self, name: str, tensor: torch.Tensor, source: Path, offset: int) -> None:
         """Write a tensor whose bytes lie in a file from an offset on: copied by the system, not through this process.
 
         Where the system cannot, from memory. Errors as `write`.
         """
-        stored = self._begun(name, tensor)
-        try:
-            with self._removing(f"copy tensor `{name}`", source):
-                if not copy_range(source, offset, self._folder / stored.file, stored.begin, stored.nbytes):
-                    write_tensor(self._folder / stored.file, stored.begin, tensor)
-        except BaseException:
-            self._started.discard(name)
-            raise
-        self._written.add(name)
+        with self._writing(name, tensor, source) as stored:
+            if not copy_range(source, offset, self._folder / stored.file, stored.begin, stored.nbytes):
+                write_tensor(self._folder / stored.file, stored.begin, tensor)
+
+    def gather(self, name: str, tensor: torch.Tensor, pieces: Pieces) -> None:
+        """Write a tensor that is still to be put together; `tensor` has its dtype and shape. Errors as `write`."""
+        with self._writing(name, tensor) as stored:
+            pieces.write(self._folder / stored.file, stored.begin)
 
     def view(self, name: str) -> torch.Tensor | None:
         """The place of a tensor in its file, as memory to write to; then call `viewed`. None where it has no bytes."""
@@ -270,6 +265,18 @@ class CheckpointWriter:
         else:
             self.abort()
 
+    @contextlib.contextmanager
+    def _writing(self, name: str, tensor: torch.Tensor, source: Path | None = None) -> Iterator[StoredTensor]:
+        """One tensor is written in the block, from `source` if it comes from a file."""
+        stored = self._begun(name, tensor)
+        try:
+            with self._removing(f"{'copy' if source is not None else 'write'} tensor `{name}`", source):
+                yield stored
+        except BaseException:
+            self._started.discard(name)
+            raise
+        self._written.add(name)
+
     def _make_files(self) -> None:
         """Make all files in their final size; those of an earlier run are there."""
         if self._journal is None or not self._journal.done:
@@ -380,20 +387,3 @@ class CheckpointWriter:
 def _new_folder(destination: Path) -> Path:
     """A folder beside a destination that nobody else has."""
     return destination.with_name(f".{destination.name[:100]}.partial-{secrets.token_hex(4)}")
-
-
-def _places(layout: Sequence[FileLayout]) -> dict[str, StoredTensor]:
-    """Every tensor's place; refuses names that leave the folder, and tensors or files that come twice."""
-    places: dict[str, StoredTensor] = {}
-    names: set[str] = set()
-    for file in layout:
-        if not is_plain_name(file.name):
-            raise bad_file(file.name, "a file of the layout has no plain name", advice="no folders, no `..`")
-        if file.name in names:
-            raise bad_file(file.name, "the layout has this file twice", code="C506")
-        names.add(file.name)
-        for tensor in file.tensors:
-            if tensor.name in places:
-                raise bad_file(file.name, f"tensor `{tensor.name}` is in {places[tensor.name].file} too", code="C506")
-            places[tensor.name] = tensor
-    return places

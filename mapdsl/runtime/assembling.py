@@ -27,15 +27,24 @@ def assembled(
     if made.value is not None:
         return torch.tensor(made.value, dtype=model.dtype, device=model.device)
     if not own and len(made.sources) == 1 and made.sources[0].box == tuple((0, size) for size in made.shape):
-        out = _part(states[made.sources[0].rank][made.sources[0].name], made.sources[0].source_box)
+        out = part_of(states[made.sources[0].rank][made.sources[0].name], made.sources[0].source_box)
     else:
         out = _filled(name, made, states, model)
-    for replica in made.replicas if compare else ():
-        other = _of(replica, states, out, name)
-        if not out.is_meta:
-            what = f"what another rank holds ({replica.name} of rank {replica.rank})"
-            same_bytes(name, _part(out, replica.box), other, what, "R602")
+    if compare:
+        compare_replicas(name, made, states)
     return out
+
+
+def compare_replicas(name: str, made: Made, states: Sequence[Mapping[str, Tensor]]) -> None:
+    """R602 where what one rank holds is not what another does, byte for byte."""
+    first = {source.box: source for source in made.sources}
+    for replica in made.replicas:
+        source = first[replica.box]
+        one, other = (part_of(states[part.rank][part.name], part.source_box) for part in (source, replica))
+        _check_dtype(name, source, one, replica, other)
+        if not one.is_meta:
+            what = f"what another rank holds ({replica.name} of rank {replica.rank})"
+            same_bytes(name, one, other.to(one.device), what, "R602")
 
 
 def _filled(name: str, made: Made, states: Sequence[Mapping[str, Tensor]], model: Tensor) -> Tensor:
@@ -43,17 +52,18 @@ def _filled(name: str, made: Made, states: Sequence[Mapping[str, Tensor]], model
     make = torch.empty if filled == math.prod(made.shape) else torch.zeros
     out = make(made.shape, dtype=model.dtype, device=model.device)
     for source in made.sources:
-        copy_strided(_part(out, source.box), _of(source, states, out, name))
+        part = part_of(states[source.rank][source.name], source.source_box)
+        _check_dtype(name, made.sources[0], model, source, part)
+        copy_strided(part_of(out, source.box), part.to(out.device))
     return out
 
 
-def _of(source: Source, states: Sequence[Mapping[str, Tensor]], out: Tensor, name: str) -> Tensor:
-    tensor = states[source.rank][source.name]
-    if tensor.dtype != out.dtype:
-        message = f"{name}: {source.name} of rank {source.rank} is {tensor.dtype}, of another {out.dtype}"
+def _check_dtype(name: str, first: Source, one: Tensor, source: Source, other: Tensor) -> None:
+    if one.dtype != other.dtype:
+        message = f"{name}: {source.name} of rank {source.rank} is {other.dtype}, of rank {first.rank} {one.dtype}"
         raise ConversionError("R606", message)
-    return _part(tensor, source.source_box).to(out.device)
 
 
-def _part(tensor: Tensor, box: Box) -> Tensor:
+def part_of(tensor: Tensor, box: Box) -> Tensor:
+    """A box of a tensor, as a view."""
     return tensor[tuple(slice(begin, end) for begin, end in box)] if box else tensor
