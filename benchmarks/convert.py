@@ -35,7 +35,7 @@ Row = tuple[str, list[Cost]]
 
 
 class Way(NamedTuple):
-    """A way of doing a job: a function of `convert_peers` and its arguments. The first one is ours."""
+    """A way of doing a job: a function and its arguments. The first one is ours."""
 
     name: str
     function: str
@@ -81,12 +81,15 @@ def jobs(folder: Path, layers: list[int], workers: int) -> Iterator[tuple[str, l
         shutil.rmtree(native)
 
 
-def run(ways: list[Way], out: Path, repeat: int) -> list[Row]:
-    """The costs of each way, which take turns; the first turn, with cold files, does not count."""
+def run(ways: list[Way], out: Path, repeat: int, module: str = "convert_peers") -> list[Row]:
+    """The costs of each way, which take turns; the first turn, with cold files, does not count.
+
+    `module` is the one that has the functions.
+    """
     costs: dict[str, list[Cost]] = {way.name: [] for way in ways}
     for turn in range(repeat + 1):
         for way in ways:
-            found = cost("convert_peers", way.function, *way.arguments)
+            found = cost(module, way.function, *way.arguments)
             shutil.rmtree(out)
             if turn:
                 costs[way.name].append(found)

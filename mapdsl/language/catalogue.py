@@ -60,6 +60,7 @@ CATALOGUE: dict[str, Entry] = {
     "P453": Entry("uneven-shard", "axis does not divide over the ranks", "t"),
     "P454": Entry("block-cut", "a shard cuts a codec block", "t"),
     "P455": Entry("not-cut", "this cannot be cut over ranks", "c"),
+    "P456": Entry("no-placement", "no placement of a DTensor says how ranks hold this", "t"),
     "C501": Entry("unknown-tensor", "no rule reads this stored name", "a"),
     "C502": Entry("missing-tensor", "a rule's tensor is absent", "a"),
     "C503": Entry("wrong-size", "header contradicts a known size", "a"),

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from mapdsl.runtime.adapter import Adapter, ignore, naming_the_rule, refuse
 from mapdsl.runtime.assembling import assembled
+from mapdsl.runtime.dtensors import Otherwise, is_dtensor, rank_of, unwrapped, wrapped
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.place import Place
-from mapdsl.runtime.put import Put
+from mapdsl.runtime.put import Put, Sink
 from mapdsl.runtime.resharding import Resharding
 from mapdsl.runtime.share_list import ShareList
 from mapdsl.runtime.shares import How
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Ranks = Mapping[str, int]
 _Adapter = TypeVar("_Adapter", bound="ShardedAdapter")
@@ -27,7 +31,9 @@ class ShardedAdapter(Adapter):
 
     As it is made it converts whole states; `at` gives that of one rank. `shard`, `merge` and `reshard` move one side
     from some ranks to others. Ranks are given by mesh: `{"tp": 4, "ep": 2}`, one of them as `{"tp": 3, "ep": 0}`, and
-    states of all ranks in a list, the mesh that the map declares last counting fastest.
+    states of all ranks in a list, the mesh that the map declares last counting fastest. A torch `DeviceMesh` says both
+    at once: its dimensions are meshes of the map by name, others (`dp`) cut nothing; one rank of it is a global rank
+    number, or this process where none is given.
     """
 
     MESHES: ClassVar[Mapping[str, Mapping[str, How]]] = {}
@@ -35,7 +41,9 @@ class ShardedAdapter(Adapter):
 
     # --- one rank ---
 
-    def at(self: _Adapter, ranks: Ranks, rank: Ranks, *, counts_from_all: bool = False) -> _Adapter:
+    def at(
+        self: _Adapter, ranks: Ranks | DeviceMesh, rank: Ranks | int | None = None, *, counts_from_all: bool = False
+    ) -> _Adapter:
         """The adapter of one rank's share: `ranks` says over how many each mesh cuts, `rank` which one this is.
 
         It converts what one rank holds of either side; a mesh that is not named is one rank. With `counts_from_all`
@@ -44,7 +52,7 @@ class ShardedAdapter(Adapter):
         """
         other = copy.copy(self)
         other.complement = type(self.complement)()
-        other.place = Place(self.MESHES, ranks, rank, counts_from_all=counts_from_all)
+        other.place = Place(self.MESHES, *rank_of(self.MESHES, ranks, rank), counts_from_all=counts_from_all)
         other.set_params(other.config)
         return other
 
@@ -68,7 +76,12 @@ class ShardedAdapter(Adapter):
     # --- from ranks to ranks ---
 
     def shard(
-        self, state_dict: Mapping[str, Tensor], ranks: Ranks, rank: Ranks, *, side: str = ""
+        self,
+        state_dict: Mapping[str, Tensor],
+        ranks: Ranks | DeviceMesh,
+        rank: Ranks | int | None = None,
+        *,
+        side: str = "",
     ) -> dict[str, Tensor]:
         """What one rank holds of a whole state; `side` is the right one if not said. Tensors own their memory.
 
@@ -89,16 +102,62 @@ class ShardedAdapter(Adapter):
         self,
         states: Sequence[Mapping[str, Tensor]],
         ranks: Ranks,
-        to: Ranks,
-        rank: Ranks,
+        to: Ranks | DeviceMesh,
+        rank: Ranks | int | None = None,
         *,
         side: str = "",
         compare: bool = True,
     ) -> dict[str, Tensor]:
         """What one rank of others, `to`, holds, out of the states of all `ranks`; nothing larger is made."""
         plan = Resharding(self, side or self.RIGHT, states, ranks)
-        made = plan.target(to, rank)
+        made = plan.target(*rank_of(self.MESHES, to, rank))
         return {name: assembled(name, one, states, compare=compare) for name, one in made.items()}
+
+    # --- DTensors ---
+
+    def to_dtensors(
+        self,
+        state_dict: Mapping[str, Tensor],
+        device_mesh: DeviceMesh,
+        *,
+        side: str = "",
+        otherwise: Otherwise = "error",
+    ) -> dict[str, Tensor]:
+        """What this process holds of a side, as DTensors that say what all ranks hold together; nothing is copied.
+
+        A tensor that no other rank has part in stays a plain one. Raises ConversionError, P456, where no placements
+        say how a tensor is cut; with `otherwise="local"` it stays a plain one, too. No communication.
+        """
+        return wrapped(self.at(device_mesh), side or self.RIGHT, state_dict, device_mesh, otherwise)
+
+    def from_dtensors(
+        self,
+        state_dict: Mapping[str, Tensor],
+        device_mesh: DeviceMesh,
+        *,
+        side: str = "",
+        redistribute: bool = True,
+    ) -> dict[str, Tensor]:
+        """What this process holds of a side, of DTensors on dimensions of a device mesh; plain tensors are local ones.
+
+        A DTensor that is placed as the map says gives its own memory. Others are redistributed, by all ranks together,
+        or are an error, P456, without `redistribute`.
+        """
+        return unwrapped(self.at(device_mesh), side or self.RIGHT, state_dict, redistribute=redistribute)
+
+    def read_into(self, state_dict: Mapping[str, Tensor], sink: Sink, read_back: Any, **options: Any) -> None:
+        """See `Adapter.read_into`; DTensors are taken as `from_dtensors` takes them."""
+        super().read_into(self._local(state_dict, self.LEFT), sink, read_back, **options)
+
+    def write_into(self, state_dict: Mapping[str, Tensor], sink: Sink, read_back: Any, **options: Any) -> None:
+        """See `Adapter.write_into`; DTensors are taken as `from_dtensors` takes them."""
+        super().write_into(self._local(state_dict, self.RIGHT), sink, read_back, **options)
+
+    def _local(self, state_dict: Mapping[str, Tensor], side: str) -> Mapping[str, Tensor]:
+        # The values of other mappings may be lazy, and are asked for once.
+        if isinstance(state_dict, dict) and any(map(is_dtensor, state_dict.values())):
+            return unwrapped(self, side, state_dict, redistribute=True)
+        return state_dict
 
     # --- what compiled adapters ask ---
 

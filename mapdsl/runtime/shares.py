@@ -74,9 +74,9 @@ def nested(outer: Held, inner: Held) -> Held:
     """What is held of `(outer inner)`: of each outer position that is held, the inner ones that are."""
     size = outer.size * inner.size
     if inner.is_whole:
-        return Held(size, _merged((begin * inner.size, end * inner.size) for begin, end in outer.runs))
+        return Held(size, merged((begin * inner.size, end * inner.size) for begin, end in outer.runs))
     places = (place * inner.size for begin, end in outer.runs for place in range(begin, end))
-    return Held(size, _merged((place + begin, place + end) for place in places for begin, end in inner.runs))
+    return Held(size, merged((place + begin, place + end) for place in places for begin, end in inner.runs))
 
 
 def joined(terms: Iterable[Held]) -> Held:
@@ -85,10 +85,10 @@ def joined(terms: Iterable[Held]) -> Held:
     for term in terms:
         runs += [(size + begin, size + end) for begin, end in term.runs]
         size += term.size
-    return Held(size, _merged(runs))
+    return Held(size, merged(runs))
 
 
-def _merged(runs: Iterable[Run]) -> tuple[Run, ...]:
+def merged(runs: Iterable[Run]) -> tuple[Run, ...]:
     """The same positions; runs that touch are one."""
     found: list[Run] = []
     for begin, end in runs:
