@@ -255,3 +255,68 @@ def test_files_of_megatron_and_deepspeed(made: Made, tmp_path: Path, names: str)
     convert_ranks(tmp_path / "meg", tmp_path / "hf", MAP, ranks={"tp": (2, 1)}, params=SIZES)
     made.assert_holds(tmp_path / "hf", {}, "hf")
     assert not leaves_folder(tmp_path / "hf" / "model.safetensors")
+
+
+# --- files for others ---
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "files"),
+    [
+        ("megatron", {"tp": (4, 2)}, ["mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"]),
+        (
+            "megatron",
+            {"tp": (4, 1), "pp": (1, 2), "ep": (1, 2)},
+            [f"mp_rank_00_{pp:03d}_{ep:03d}/model_optim_rng.pt" for pp in range(2) for ep in range(2)],
+        ),
+        ("deepspeed", {"tp": (4, 2)}, ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"]),
+        ("deepspeed", {"tp": (4, 1)}, ["mp_rank_00_model_states.pt"]),
+        ("ds_inference", {"tp": (4, 2)}, ["ds_inference_config.json", "non-tp.pt", "tp_00_00.pt", "tp_01_00.pt"]),
+    ],
+)
+def test_files_for_others(made: Made, cut: Path, tmp_path: Path, layout: str, ranks: Any, files: list[str]) -> None:
+    there = tmp_path / "there"
+    convert_ranks(cut, there, MAP, ranks=ranks, to="native", params=SIZES, layout=layout)
+    found = sorted(str(path.relative_to(there)) for path in there.rglob("*") if path.is_file())
+    assert found == sorted([*files, "config.json", "tokenizer.json"])
+    # No tensor brings along more bytes than its own.
+    size = sum(path.stat().st_size for path in there.rglob("*.pt"))
+    assert size < 2 * sum(tensor.nbytes for tensor in made.native.values()) + 400_000
+    convert_ranks(there, tmp_path / "hf", MAP, ranks={}, to="hf", params=SIZES)
+    made.assert_holds(tmp_path / "hf", {}, "hf")
+
+
+def test_what_stands_in_the_files_of_deepspeed(made: Made, cut: Path, tmp_path: Path) -> None:
+    convert_ranks(cut, tmp_path / "x", MAP, ranks={"tp": (4, 2)}, to="native", params=SIZES, layout="deepspeed")
+    state = torch.load(tmp_path / "x" / "mp_rank_01_model_states.pt", weights_only=True)
+    assert state["mp_world_size"] == 2
+    assert_same(state["module"], made.adapter.shard(made.native, {"tp": 2}, {"tp": 1}))
+    for tensor in state["module"].values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_what_stands_in_the_files_for_inference(made: Made, cut: Path, tmp_path: Path) -> None:
+    convert_ranks(cut, tmp_path / "x", MAP, ranks={"tp": (4, 2)}, to="native", params=SIZES, layout="ds_inference")
+    record = json.loads((tmp_path / "x" / "ds_inference_config.json").read_text())
+    assert record["checkpoints"] == {"non_tp": ["non-tp.pt"], "tp": ["tp_00_00.pt", "tp_01_00.pt"]}
+    common = torch.load(tmp_path / "x" / "non-tp.pt", weights_only=True)
+    assert {name.split(".")[-2] for name in common} == {"final", "router", "down", *"01234"} - {"down"} | {"layers"} - {
+        "layers"
+    }
+    own = torch.load(tmp_path / "x" / "tp_01_00.pt", weights_only=True)
+    assert not common.keys() & own.keys()
+    assert_same({**common, **own}, made.adapter.shard(made.native, {"tp": 2}, {"tp": 1}))
+
+
+def test_files_that_have_no_room_for_a_mesh(cut: Path, tmp_path: Path) -> None:
+    from mapdsl.checkpoint.passes import OptionError
+
+    with pytest.raises(OptionError, match="files of deepspeed have no room for ranks of `ep`"):
+        convert_ranks(cut, tmp_path / "x", MAP, ranks={"tp": (4, 2), "ep": (1, 2)}, layout="deepspeed", params=SIZES)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"checkpoints": []}', '{"checkpoints": {"non_tp": [], "tp": ["../x.pt"]}}'])
+def test_an_inference_config_that_cannot_be_understood(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "ds_inference_config.json").write_text(text)
+    assert refused(tmp_path / "x", tmp_path / "y", MAP, ranks={}).startswith("C507")

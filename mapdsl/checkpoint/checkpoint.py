@@ -140,6 +140,12 @@ class _Gathered:
     problems: list[Diagnostic] = field(default_factory=list)
 
 
+def open_files(paths: Sequence[Path]) -> Checkpoint:
+    """Files of one folder as one checkpoint; errors as `open_checkpoint`."""
+    folder = paths[0].parent
+    return _with_folder(paths[0], folder, _checked(_gather(paths)), [path.name for path in paths])
+
+
 def _open_folder(folder: Path) -> Checkpoint:
     try:
         # Names with a leading dot are no files of the checkpoint: macOS leaves a `._NAME` beside each file, for one.

@@ -23,6 +23,7 @@ from mapdsl.checkpoint.options import make_request
 from mapdsl.checkpoint.passes import OptionError, Request, adapter_of, placing
 from mapdsl.checkpoint.progress import Report
 from mapdsl.checkpoint.rank_files import RANKS_FILE, RankFiles, open_rank_files, rank_folder, ranks_text
+from mapdsl.checkpoint.rank_layouts import LAYOUTS, RankLayout
 from mapdsl.checkpoint.ranks import may_go_on
 from mapdsl.checkpoint.shares import Shares, stored_of
 from mapdsl.checkpoint.sources import check_destination
@@ -30,9 +31,11 @@ from mapdsl.checkpoint.tensors import LazyState
 from mapdsl.language.diagnostics import error
 from mapdsl.language.source import Source
 from mapdsl.map import Map
+from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.resharding import Made, Resharding, places
 from mapdsl.runtime.sharded_adapter import ShardedAdapter
+from mapdsl.runtime.shares import axes_in
 
 Ranks = Mapping[str, int]
 
@@ -67,6 +70,7 @@ def convert_ranks(
     *,
     ranks: Mapping[str, tuple[int, int]],
     to: str | None = None,
+    layout: str | None = None,
     compare: bool = True,
     resume: bool = False,
     report: Report | None = None,
@@ -77,7 +81,8 @@ def convert_ranks(
     `ranks` gives, by mesh of the map, the number of ranks in the source and in the destination: `{"tp": (2, 8)}`. `to`
     names the side to go to: the source's own to move tensors between ranks alone, by default the other one. A
     destination of several ranks is a folder with one checkpoint each, `tp-0`, `tp-1`, ..., and `mapdsl.ranks.json`; of
-    one rank it is a checkpoint like any other. Without `compare`, of what several ranks hold the first one's is taken.
+    one rank it is a checkpoint like any other. `layout` asks for the files of others instead: `megatron`, `deepspeed`
+    or `ds_inference`. Without `compare`, of what several ranks hold the first one's is taken.
     `options` are those of `convert`. With `resume`, shares that are complete stay as they are.
 
     Raises what `convert` raises; and a MapError: C507 for files of ranks that do not belong together, P453 and P454
@@ -87,18 +92,19 @@ def convert_ranks(
     destination = Path(destination)
     before, after = ({mesh: pair[n] for mesh, pair in ranks.items()} for n in (0, 1))
     after = {mesh: count for mesh, count in after.items() if count > 1}
-    if after and options.get("format", "safetensors") != "safetensors":
+    files_of = _layout(layout, after)
+    if (after or files_of) and options.get("format", "safetensors") != "safetensors":
         message = "a Distributed Checkpoint holds whole tensors, which any number of ranks loads: write it for one rank"
         raise OptionError(message)
     files = open_rank_files(source, before)
     moving = _Moving(files, _request(files, map, options), to, compare=compare)
     options = {name: value for name, value in options.items() if moving.converts or name not in ("params", "dtype")}
     options |= {"resume": resume, "report": report}
-    if not after:
+    if not after and files_of is None:
         share = moving.share({}, {})
         shares = [convert(share, destination, moving.map, to=moving.inner_target, **options)]
     else:
-        shares = _written(moving, destination, after, options)
+        shares = _written(moving, destination, after, files_of, options)
     sides = moving.side, moving.target
     seconds = time.monotonic() - started
     return RanksConversion(files.path, destination, *sides, dict(files.ranks), after, tuple(shares), seconds)
@@ -109,7 +115,19 @@ def _request(files: RankFiles, map_: Any, options: Mapping[str, Any]) -> Request
     return make_request(map_, files.checkpoints[0], use_complement=False, **chosen)
 
 
-def _written(moving: _Moving, destination: Path, after: Ranks, options: dict[str, Any]) -> list[Conversion]:
+def _layout(name: str | None, ranks: Ranks) -> RankLayout | None:
+    """The layout of a name; OptionError where there is none, or it has no room for these ranks."""
+    if name is None:
+        return None
+    if name not in LAYOUTS:
+        raise OptionError(f"files of ranks are laid out as one of {', '.join(LAYOUTS)}, not {name!r:.80}")
+    LAYOUTS[name].check(ranks)
+    return LAYOUTS[name]
+
+
+def _written(
+    moving: _Moving, destination: Path, after: Ranks, files_of: RankLayout | None, options: dict[str, Any]
+) -> list[Conversion]:
     """Write the shares of all ranks into a hidden folder, which takes the destination's name at the end."""
     hidden = partial_folder(destination)
     resume = options.pop("resume")
@@ -122,14 +140,17 @@ def _written(moving: _Moving, destination: Path, after: Ranks, options: dict[str
     all_places = list(places(moving.adapter, after))
     hidden.mkdir(exist_ok=True)
     try:
-        found = [_share(moving, hidden, after, rank, resume=resume, options=options) for rank in all_places]
+        found = [_share(moving, hidden, after, rank, files_of, resume, options) for rank in all_places]
     except BaseException as problem:
         if not may_go_on(problem):
             shutil.rmtree(hidden, ignore_errors=True)
         raise
-    text = ranks_text(moving.request.map.checked.map.name, moving.target, after, all_places)
-    (hidden / RANKS_FILE).write_text(text, encoding="utf-8")
-    flush(hidden / RANKS_FILE)
+    if files_of is not None:
+        files_of.finish(hidden, after)
+    else:
+        text = ranks_text(moving.request.map.checked.map.name, moving.target, after, all_places)
+        (hidden / RANKS_FILE).write_text(text, encoding="utf-8")
+        flush(hidden / RANKS_FILE)
     flush_folder(hidden)
     os.rename(hidden, destination)
     flush_folder(destination.parent)
@@ -137,14 +158,25 @@ def _written(moving: _Moving, destination: Path, after: Ranks, options: dict[str
 
 
 def _share(
-    moving: _Moving, hidden: Path, after: Ranks, rank: Ranks, *, resume: bool, options: Mapping[str, Any]
+    moving: _Moving,
+    hidden: Path,
+    after: Ranks,
+    rank: Ranks,
+    files_of: RankLayout | None,
+    resume: bool,
+    options: Mapping[str, Any],
 ) -> Conversion:
     """Write the share of one rank, or what is left of it."""
-    folder, share = hidden / rank_folder(rank), moving.share(after, rank)
-    if resume and folder.is_dir() and not partial_folder(folder).exists():
-        return moving.done(share, folder)
-    goes_on = resume and partial_folder(folder).exists()
-    return convert(share, folder, moving.map, to=moving.inner_target, resume=goes_on, **options)
+    folder, share = hidden / (rank_folder(rank) or "whole"), moving.share(after, rank)
+    is_packed = resume and files_of is not None and files_of.is_packed(hidden, after, rank)
+    if is_packed or (resume and folder.is_dir() and not partial_folder(folder).exists()):
+        done = moving.done(share, folder)
+    else:
+        goes_on = resume and partial_folder(folder).exists()
+        done = convert(share, folder, moving.map, to=moving.inner_target, resume=goes_on, **options)
+    if files_of is not None and not is_packed:
+        files_of.pack(folder, hidden, after, rank, moving.divided(after))
+    return done
 
 
 class _Moving:
@@ -185,11 +217,21 @@ class _Moving:
 
     def done(self, share: Checkpoint, folder: Path) -> Conversion:
         """The share of a rank that an earlier run has written."""
-        written = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+        written = list(folder.glob("*.safetensors"))
         count, size = len(share.tensors), sum(stored.nbytes for stored in share.tensors.values())
         names = tuple(sorted(path.name for path in written))
         sides = self.side, self.target
         return Conversion(share.path, folder, *sides, count, size, count, size, names, was_complete=True)
+
+    def divided(self, ranks: Ranks) -> set[str]:
+        """The names, on the first rank of the destination, of tensors of which other ranks hold other parts."""
+        one = self.adapter.at(ranks, dict.fromkeys(ranks, 0))
+        found: set[str] = set()
+        for shown in one.list_shares(self.target, {}).shown:
+            if any(one.place.mesh_of(axis) is not None for axis in axes_in(shown.pattern or "")):
+                codecs = (codec for codec in shown.stored if isinstance(codec, Codec))
+                found |= {shown.name, *(part for codec in codecs for part in codec.names(shown.name))}
+        return found
 
     def _once_compared(self, made: Mapping[str, Made]) -> Iterator[tuple[str, Made]]:
         """What several ranks of the output hold is compared with its copies for the first of them alone."""

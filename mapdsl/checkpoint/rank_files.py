@@ -14,11 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mapdsl.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mapdsl.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_files
 from mapdsl.checkpoint.files import bad_file, is_plain_name, read_object
 from mapdsl.checkpoint.sources import with_tensors
 
 RANKS_FILE = "mapdsl.ranks.json"
+INFERENCE_CONFIG = "ds_inference_config.json"
 FORMAT = 1
 MAX_RANKS = 100_000
 
@@ -52,7 +53,9 @@ def rank_folder(rank: Ranks) -> str:
 def is_cut(path: str | os.PathLike[str]) -> bool:
     """Whether a folder holds shares of ranks."""
     folder = Path(path)
-    return folder.is_dir() and ((folder / RANKS_FILE).exists() or any(_megatron_files(folder)))
+    if not folder.is_dir():
+        return False
+    return any((folder / name).exists() for name in (RANKS_FILE, INFERENCE_CONFIG)) or any(_megatron_files(folder))
 
 
 def open_rank_files(path: str | os.PathLike[str], asked: Ranks) -> RankFiles:
@@ -64,6 +67,8 @@ def open_rank_files(path: str | os.PathLike[str], asked: Ranks) -> RankFiles:
     folder = Path(path)
     if folder.is_dir() and (folder / RANKS_FILE).exists():
         found = _listed(folder)
+    elif folder.is_dir() and (folder / INFERENCE_CONFIG).exists():
+        found = _of_inference(folder)
     elif folder.is_dir() and (named := dict(_megatron_files(folder))):
         found = _named(folder, named)
     else:
@@ -107,6 +112,24 @@ def _listed(folder: Path) -> RankFiles:
             raise bad_file(file, f"it names no folder for {rank_folder(rank)}", "convert again")
         found.append(with_tensors(open_checkpoint(folder / name)))
     return RankFiles(folder, ranks, tuple(found), side)
+
+
+def _of_inference(folder: Path) -> RankFiles:
+    """What DeepSpeed has written for inference: a rank has the files that all have, and its own of each group."""
+    file = folder / INFERENCE_CONFIG
+    record = read_object(file, "checkpoint's config")
+    found = record.get("checkpoints")
+    lists = (found.get("non_tp"), found.get("tp")) if isinstance(found, dict) else (None, None)
+    if not all(isinstance(names, list) and all(map(is_plain_name, names)) for names in lists):
+        message = 'expected `"checkpoints": {"non_tp": [...], "tp": [...]}` with names of files in its folder'
+        raise bad_file(file, message, "a ds_model checkpoint that DeepSpeed or mapdsl has saved has them")
+    common, divided = (list(map(str, names)) for names in lists if names is not None)
+    count = record.get("tp_size") or record.get("mp_size") or len(divided)
+    if type(count) is not int or not 1 <= count <= MAX_RANKS or not divided or len(divided) % count:
+        raise bad_file(file, f"{len(divided)} files are not those of {count!r:.20} ranks")
+    shares = [[*common, *divided[rank::count]] for rank in range(count)]
+    checkpoints = (with_tensors(open_files([folder / name for name in names])) for names in shares)
+    return RankFiles(folder, {"tp": count}, tuple(checkpoints))
 
 
 def _named(folder: Path, named: Mapping[tuple[int, ...], Path]) -> RankFiles:

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         with usage_errors(), ranks_of_launcher(arguments.destination) as ranks:
             options = conversion_options(arguments) | output_options(arguments)
             options["checksums"] = arguments.checksums
-            if by_mesh(arguments) or is_cut(arguments.source):
+            if by_mesh(arguments) or arguments.layout or is_cut(arguments.source):
                 if ranks is not None:
                     raise UsageError("what is cut over ranks is converted by one process: start it without a launcher")
                 return _between_ranks(arguments, options, report)
@@ -93,6 +93,7 @@ def _between_ranks(arguments: argparse.Namespace, options: dict[str, Any], repor
         arguments.destination,
         arguments.map,
         ranks=by_mesh(arguments),
+        layout=arguments.layout,
         compare=not arguments.no_compare,
         progress=not arguments.quiet,
         report=report,

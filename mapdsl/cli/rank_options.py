@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 from mapdsl.cli.output import UsageError, escaped
 
+LAYOUTS = ("megatron", "deepspeed", "ds_inference")
+"""Files of ranks that others read, as `mapdsl.checkpoint.rank_layouts` has them (which needs torch)."""
+
 MESHES = ("tp", "ep", "pp")
 """Meshes that have options of their own, as most maps call them; others are given by name."""
 
@@ -29,6 +32,8 @@ def add_moves(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", metavar="MESH=N:M", type=_named(_move), action="append", default=[], help=what)
     for mesh in MESHES:
         parser.add_argument(f"--{mesh}", metavar="N:M", type=_move, help=f"short for --ranks {mesh}=N:M")
+    files = "write the files of ranks as others want them: see docs/parallelism.md (default: a folder for each rank)"
+    parser.add_argument("--layout", choices=LAYOUTS, help=files)
     compare = "take the first rank's copy of what several ranks hold, and do not compare it with the others"
     parser.add_argument("--no-compare", action="store_true", help=compare)
 

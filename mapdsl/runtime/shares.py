@@ -115,6 +115,11 @@ def held_of(pattern: str, axes: Mapping[str, Held]) -> tuple[Held, ...]:
     return tuple(found)
 
 
+def axes_in(pattern: str) -> set[str]:
+    """The axes of a pattern."""
+    return set(re.findall(r"[A-Za-z_]\w*", pattern))
+
+
 def _factor(words: list[str], place: int, axes: Mapping[str, Held]) -> tuple[Held, int]:
     word = words[place]
     if word != "(":
