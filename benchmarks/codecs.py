@@ -84,7 +84,7 @@ def works() -> Iterator[Work]:
 
 
 def trip(name: str, kind: str, codec: Codec, values: Tensor, encoders: dict[str, codec_peers.Encode]) -> Iterator[Work]:
-    """Decoding and encoding with new scales."""
+    """Decoding and encoding with new scales; of the formats of peers, with kept scales and transposed tensors too."""
     parts, out = codec.encode(KEY, values).parts, torch.empty_like(values)
     decoders = codec_peers.decoders(kind) if kind else {}
     yield Work(
@@ -100,6 +100,10 @@ def trip(name: str, kind: str, codec: Codec, values: Tensor, encoders: dict[str,
         lambda: codec.encode(KEY, values, out=payload),
         {peer: lambda encode=encode: encode(values) for peer, encode in encoders.items()},
     )
+    if kind:
+        decoded, kept, turned = codec.decode(KEY, parts), codec.keep(KEY, parts), values.T.contiguous().T
+        yield Work(f"bf16 -> {name}, kept scales", values, lambda: codec.encode(KEY, decoded, kept, out=payload), {})
+        yield Work(f"transposed bf16 -> {name}, new scales", values, lambda: codec.encode(KEY, turned, out=payload), {})
 
 
 def stack_transposed() -> Iterator[Work]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -215,12 +215,6 @@ class Codec(ABC):
             raise ConversionError("R606", f"{self.payload(key)}: `out` is {found}, the payload {expected}, contiguous")
         return out
 
-    def written(self, key: str, payload: Tensor, out: Tensor | None) -> Tensor:
-        """A payload, copied to `out` if that is given."""
-        if out is None:
-            return payload
-        return self.memory(key, tuple(payload.shape), payload.dtype, payload.device, out).copy_(payload)
-
     def check_kept(
         self,
         key: str,
@@ -240,6 +234,11 @@ class Codec(ABC):
             raise ConversionError("R607", f"{payload}: the complement is of {dtype_name(kept.codes.dtype)} elements")
         if not kept.lies_in(payload_shape):
             raise ConversionError("R607", f"{payload}: the complement is damaged, its elements lie outside the tensor")
+
+    def refuse_value(self, key: str, tensor: Tensor, index: list[int], which: str) -> NoReturn:
+        """D403 for one value of a tensor, which a format `cannot hold` or the like."""
+        found = f"element {index} is {tensor[tuple(index)].item()}"
+        raise ConversionError("D403", f"{self.payload(key)}: {found}, which {which}")
 
     def check_working(self, key: str, dtype: torch.dtype) -> None:
         """C504 unless logical tensors may have this dtype."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.elements import Element, TableElement, power_table
 from mapdsl.runtime.codecs.formats import as_bits, bits_differ, exact_cast, integer_dtype
-from mapdsl.runtime.codecs.kept import as_many_as_all
+from mapdsl.runtime.codecs.kept import as_many_as_all, one_after_another, side_by_side
 from mapdsl.runtime.codecs.kernels import COMPILED_DTYPES, compiled_kernels, each
+from mapdsl.runtime.codecs.matrices import Matrices
 from mapdsl.runtime.codecs.scales import BlockFactors
 from mapdsl.runtime.codecs.scratch import scratch
 from mapdsl.runtime.codecs.strided import copy_strided
@@ -27,7 +29,7 @@ _COMPILED_STRIP = 4 * STRIP_ELEMENTS
 class BlockKernel:
     """The blocks of one tensor under given scales, decoded to `dtype`.
 
-    `codes` are the stored elements, `[matrices, rows, columns]` of the grid; `values` are logical, `per` times as wide.
+    Codes are the stored elements, `[matrices, rows, columns]` of the grid; values are logical, `per` times as wide.
     Tables are reused from tile to tile.
     """
 
@@ -37,90 +39,102 @@ class BlockKernel:
         self.kernels = compiled_kernels(element, dtype, factors.scale.device, elements)
         self._tables: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0, device=factors.scale.device))
 
-    def decode(self, codes: Tensor, values: Tensor) -> None:
-        """Write the logical values, a tensor `[matrices, rows, columns * per]` of `dtype` that may be any view."""
+    def decode(self, codes: Matrices, values: Tensor, skip: int = 0) -> None:
+        """Write the logical values, a tensor `[matrices, rows, columns]` of `dtype` that may be any view.
+
+        The first `skip` values of each row of codes are left out, and the last where there are more than columns.
+        """
+        per = self.element.per
         in_order = values.shape[-1] == 1 or values.stride(-1) == 1
-        is_direct = in_order or (self.kernels is not None and values.stride(-2) == 1)
+        is_whole = values.shape[-1] == self.grid.elements[2] * per
+        is_direct = is_whole and (in_order or (self.kernels is not None and values.stride(-2) == 1))
 
         def work(tile: Tile) -> None:
-            out = tile.flat(values, self.element.per)
-            if in_order:
-                self._read(tile, codes, out)
-            elif not (is_direct and self._read_transposed(tile, codes, out.T)):
-                copy_strided(out, self._read(tile, codes), self.kernels)
+            mine = codes.of(tile)
+            if is_direct and in_order:
+                self._read(tile, mine, tile.flat(values, per))
+            elif not (is_direct and self._read_transposed(tile, mine, tile.flat(values, per).T)):
+                found, first = self._read(tile, mine), tile.column * per - skip
+                left, right = max(0, first), min(first + found.shape[1], values.shape[-1])
+                if left < right:
+                    place = values[tile.matrix, tile.row : tile.row + len(found), left:right]
+                    copy_strided(place, found[:, left - first : right - first], self.kernels)
 
-        each(work, self._tiles(is_direct), values.device)
+        strip = self.strip if is_direct and codes.is_view else STRIP_ELEMENTS
+        each(work, self.grid.tiles(strip, in_rows=is_direct and in_order), values.device)
 
-    def encode(self, values: Tensor, codes: Tensor, only: Tensor | None = None) -> None:
-        """Write the codes nearest to the values under these scales, of the blocks that `only` (of the grid) picks."""
-        tiles = self._tiles(only is None)
-        each(lambda tile: self.encode_tile(tile, values, codes, only), tiles, values.device)
+    def encode(self, tensor: Tensor, codes: Tensor, kept: Tensor | None = None, where: Tensor | None = None) -> Tensor:
+        """Write the codes nearest to a tensor's values under these scales, or kept ones that mean the same values.
 
-    def encode_tile(self, tile: Tile, values: Tensor, codes: Tensor, only: Tensor | None = None) -> None:
-        """Encode one tile."""
-        picked = None if only is None else tile.blocks(only)
-        if picked is None:
-            self._write(tile, values, tile.flat(codes))
-        elif picked.any():
-            target = tile.cut(codes)
-            fresh = self._write(tile, values).view(target.shape)
-            target.copy_(_where(_over(picked), fresh, target))
+        Kept are the codes at the flat positions `where`, ascending, or all if that is None. Gives a mask of the grid:
+        the blocks in which some code does not mean the value, bit by bit.
+        """
+        values, per = Matrices(tensor, self.grid.wide(self.element.per)), self.element.per
+        whole = None if kept is None or where is not None else kept.view(self.grid.elements)
+        unlike = torch.zeros(self.grid.blocks, dtype=torch.bool, device=codes.device)
 
-    def unlike(self, codes: Tensor, values: Tensor) -> Tensor:
-        """A mask of the grid: blocks in which some code does not mean the value, bit by bit."""
-        blocks = torch.zeros(self.grid.blocks, dtype=torch.bool, device=codes.device)
+        def visit(tile: Tile) -> None:
+            mine, target = values.of(tile, per), tile.flat(codes)
+            if whole is not None and not bits_differ(*self._meant(tile, tile.flat(whole), mine)):
+                target.copy_(tile.flat(whole))
+                return
+            self._write(tile, mine, target)
+            if whole is not None:
+                self._restore(tile, mine, target, tile.flat(whole))
+            elif kept is not None and where is not None and len(where):
+                self._restore_at(tile, mine, target, kept, where)
+            meant, found = self._meant(tile, target, mine)
+            if bits_differ(meant, found):
+                wrong = as_bits(meant) != as_bits(found)
+                tile.blocks(unlike).logical_or_(wrong.amax((1, 3)))
 
         def work(tiles: list[Tile]) -> None:
-            # The tiles of a tall block share its place in the mask: they are one thread's.
+            # Tiles that share a block share its place in the mask: they are one thread's.
             for tile in tiles:
-                meant, found = self._meant(tile, codes, values)
-                if bits_differ(meant, found):
-                    wrong = as_bits(meant) != as_bits(found)
-                    tile.blocks(blocks).logical_or_(wrong.amax((1, 3)))
+                visit(tile)
 
-        each(work, self.grid.bands(), codes.device)
-        return blocks
+        each(work, self.grid.bands(in_rows=values.is_view), codes.device)
+        return unlike
 
-    def restore(self, codes: Tensor, values: Tensor, kept: Tensor, where: Tensor | None) -> None:
-        """Put kept codes back, at flat positions or everywhere, where they mean the value."""
-        if where is not None:
-            for start in range(0, len(where), STRIP_ELEMENTS):
-                some = slice(start, start + STRIP_ELEMENTS)
-                self._restore_at(codes, values, kept[some], where[some])
-            return
-        kept = kept.view(self.grid.elements)
+    def encode_tile(self, tile: Tile, values: Matrices, codes: Tensor, only: Tensor | None = None) -> None:
+        """Write the codes nearest to the values of one tile, of the blocks that `only` (of the grid) picks."""
+        mine, target = values.of(tile, self.element.per), tile.flat(codes)
+        picked = None if only is None else tile.blocks(only)
+        if picked is None:
+            self._write(tile, mine, target)
+        elif picked.any():
+            fresh = self._write(tile, mine, scratch("codes", tuple(target.shape), target.dtype, target.device))
+            mixed = _where(_over(picked), tile.blocked(fresh), tile.blocked(target))
+            target.copy_(mixed.view(target.shape))
 
-        def work(tile: Tile) -> None:
-            meant, found = self._meant(tile, kept, values)
-            fits = _grouped(as_bits(meant) == as_bits(found), self.element.per).all(-1)
-            tile.cut(codes).copy_(_where(fits, tile.cut(kept), tile.cut(codes)))
+    def irreproducible(self, codes: Matrices) -> tuple[Tensor, Tensor] | None:
+        """Codes that decoding and encoding under the same scales would not give back, and their flat positions, int64.
 
-        each(work, self.grid.tiles(), codes.device)
-
-    def irreproducible(self, codes: Tensor) -> Tensor | None:
-        """Flat positions, int64, of the codes that decoding and encoding under the same scales would not give back.
-
-        None where there are so many that the codes themselves take less.
+        None where there are so many that all codes together take less.
         """
-        found: dict[Tile, Tensor] = {}
-        left = [as_many_as_all(codes)]
+        found: dict[Tile, tuple[Tensor, Tensor]] = {}
+        left = [as_many_as_all(torch.Size(self.grid.elements).numel(), codes.dtype)]
         is_certain = self._reproducer()
 
         def work(tile: Tile) -> None:
-            if left[0] <= 0:
+            mine = codes.of(tile)
+            if left[0] <= 0 or is_certain(tile, mine):
                 return
-            mine = tile.cut(codes)
-            if not is_certain(tile, mine):
-                again = self._write_values(tile, self._read(tile, codes), torch.empty_like(tile.flat(codes)))
-                wrong = as_bits(again).view(mine.shape) != as_bits(mine)
-                if wrong.any():
-                    found[tile] = self.grid.positions(tile, wrong)
-                    left[0] -= len(found[tile])
+            again = scratch("codes", tuple(mine.shape), mine.dtype, mine.device)
+            wrong = as_bits(self._write(tile, self._read(tile, mine), again)) != as_bits(mine)
+            if wrong.any():
+                found[tile] = as_bits(mine)[wrong].view(mine.dtype), self.grid.positions(tile, tile.blocked(wrong))
+                left[0] -= len(found[tile][0])
 
-        each(work, self.grid.tiles(), codes.device)
+        each(work, self.grid.tiles(in_rows=codes.is_view), codes.device)
         if left[0] <= 0:
             return None
-        return torch.cat([found[tile] for tile in sorted(found)] or [codes.new_empty(0, dtype=torch.int64)])
+        nothing, nowhere = (torch.empty(0, dtype=one, device=codes.device) for one in (codes.dtype, torch.int64))
+        pieces = [(nothing, nowhere)]
+        # Tiles beside each other share rows.
+        for _, tiles in itertools.groupby(sorted(found), key=lambda tile: (tile.matrix, tile.row)):
+            pieces.append(side_by_side([found.pop(tile) for tile in list(tiles)]))
+        return one_after_another(pieces)
 
     # --- within ---
 
@@ -129,25 +143,19 @@ class BlockKernel:
         """Elements of a tile for work that needs no scratch."""
         return STRIP_ELEMENTS if self.kernels is None else _COMPILED_STRIP
 
-    def _tiles(self, is_direct: bool) -> Iterable[Tile]:
-        return self.grid.tiles(self.strip if is_direct else STRIP_ELEMENTS)
-
     def _read(self, tile: Tile, codes: Tensor, out: Tensor | None = None) -> Tensor:
-        """The decoded values of a tile, `[rows, columns * per]`, in `out` if given, whose columns lie together.
+        """The decoded values of a tile's codes, `[rows, columns]`, in `out` if given, whose columns lie together.
 
         Otherwise they are in scratch, until the next tile is read.
         """
         per = self.element.per
         if out is None:
-            shape = tile.bands * tile.height, tile.groups * tile.width * per
-            out = scratch("values", shape, self.dtype, codes.device)
+            out = scratch("values", (codes.shape[0], codes.shape[1] * per), self.dtype, codes.device)
         if self.kernels is not None:
             assert isinstance(self.element, TableElement)
-            self.kernels.decode(
-                self.element, tile.flat(codes), self.factors.of(tile), out, height=tile.height, width=tile.width
-            )
+            self.kernels.decode(self.element, codes, self.factors.of(tile), out, height=tile.height, width=tile.width)
             return out
-        mine, words = tile.cut(codes), _as_integers(out, per)
+        mine, words = tile.blocked(codes), _as_integers(out, per)
         found = None if words is None else self._table_for(tile)
         if found is None or words is None:
             values = self.element.read(mine, _over(self.factors.of(tile)), self.dtype)
@@ -174,8 +182,8 @@ class BlockKernel:
         if self.kernels is None:
             return False
         assert isinstance(self.element, TableElement)
-        mine, factors = tile.flat(codes), self.factors.of(tile)
-        return self.kernels.decode_transposed(self.element, mine, factors, out, height=tile.height, width=tile.width)
+        factors = self.factors.of(tile)
+        return self.kernels.decode_transposed(self.element, codes, factors, out, height=tile.height, width=tile.width)
 
     def _table_for(self, tile: Tile) -> tuple[Tensor, Tensor] | None:
         """The table of products for a tile's blocks, and where each block's 256 entries begin; none if it is dear."""
@@ -187,38 +195,35 @@ class BlockKernel:
             return power_table(element, self.dtype, powers.device), _over(powers.int() * 256)
         if self.grid.height * self.grid.width < _TABLE_PAYS:
             return None
-        # Tables for the bands that follow are made with this one's.
-        bands = max(tile.bands, _TABLES // tile.groups)
-        first = tile.grid_row - tile.grid_row % bands if tile.bands == 1 else tile.grid_row
-        ahead = tile._replace(grid_row=first, bands=min(bands, self.grid.blocks[1] - first))
+        # Tables for other blocks of these rows, and of the rows that follow, are made with this tile's.
+        _, rows, columns = self.grid.blocks
+        ahead = tile
+        if columns <= _TABLES:
+            bands = max(tile.bands, _TABLES // columns)
+            first = tile.grid_row - tile.grid_row % bands if tile.bands == 1 else tile.grid_row
+            ahead = tile._replace(grid_row=first, bands=min(bands, rows - first), grid_column=0, groups=columns)
         wanted = (ahead.matrix, ahead.grid_row, ahead.bands, ahead.grid_column, ahead.groups)
         made_for, table = self._tables
         if made_for != wanted:
             table = element.table(self.factors.of(ahead).flatten(), self.dtype)
             self._tables = wanted, table
-        starts = torch.arange(tile.bands * tile.groups, dtype=torch.int32, device=table.device) * 256
-        starts += (tile.grid_row - first) * tile.groups * 256
-        return table, _over(starts.view(tile.bands, tile.groups))
+        down, right = (
+            torch.arange(count, dtype=torch.int32, device=table.device) for count in (tile.bands, tile.groups)
+        )
+        places = (down[:, None] + tile.grid_row - ahead.grid_row) * ahead.groups + right + tile.grid_column
+        places -= ahead.grid_column
+        return table, _over(places * 256)
 
-    def _write(self, tile: Tile, values: Tensor, out: Tensor | None = None) -> Tensor:
-        """The codes of a tile of values, `[rows, columns]`, in `out` if given, else in scratch."""
-        if out is None:
-            shape = tile.bands * tile.height, tile.groups * tile.width
-            stored = self.element.dtype if isinstance(self.element, TableElement) else values.dtype
-            out = scratch("codes", shape, stored, values.device)
-        return self._write_values(tile, tile.flat(values, self.element.per), out)
-
-    def _write_values(self, tile: Tile, values: Tensor, out: Tensor) -> Tensor:
-        """Codes for the values of a tile, both `[rows, columns]`."""
+    def _write(self, tile: Tile, values: Tensor, out: Tensor) -> Tensor:
+        """Write the codes of a tile's values, both `[rows, columns]`, to `out`."""
         factors = self.factors.of(tile)
         # Values may come back in another dtype than was decoded to, one that is not compiled for.
         if self.kernels is not None and values.dtype in COMPILED_DTYPES:
             assert isinstance(self.element, TableElement)
             self.kernels.encode(self.element, values, factors, out, height=tile.height, width=tile.width)
             return out
-        blocks = values.reshape(tile.bands, tile.height, tile.groups, tile.width * self.element.per)
-        quotients = scratch("quotients", (blocks.numel(),), torch.float32, values.device)
-        fresh = self.element.write(blocks, _over(factors), out.dtype, quotients)
+        quotients = scratch("quotients", (values.numel(),), torch.float32, values.device)
+        fresh = self.element.write(tile.blocked(values), _over(factors), out.dtype, quotients)
         return out.copy_(fresh.view(out.shape))
 
     def _meant(self, tile: Tile, codes: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,15 +231,28 @@ class BlockKernel:
 
         Values may come back in another dtype than was decoded to; then what counts is what the cast made of them.
         """
-        found = tile.cut(values, self.element.per)
-        return exact_cast(self._read(tile, codes), values.dtype).view(found.shape), found
+        return tile.blocked(exact_cast(self._read(tile, codes), values.dtype)), tile.blocked(values)
 
-    def _restore_at(self, codes: Tensor, values: Tensor, kept: Tensor, where: Tensor) -> None:
+    def _restore(self, tile: Tile, values: Tensor, codes: Tensor, kept: Tensor) -> None:
+        """Put a tile's kept codes back where they mean the value."""
+        meant = exact_cast(self._read(tile, kept), values.dtype)
+        fits = _grouped(as_bits(meant) == as_bits(values), self.element.per).all(-1)
+        codes.copy_(_where(fits, kept, codes))
+
+    def _restore_at(self, tile: Tile, values: Tensor, codes: Tensor, kept: Tensor, where: Tensor) -> None:
+        """The same, of those kept at flat positions of the tensor that lie in the tile."""
+        _, rows, columns = self.grid.elements
+        first = (tile.matrix * rows + tile.row) * columns
+        ends = where.new_tensor([first, first + len(codes) * columns])
+        some = slice(*torch.searchsorted(where, ends).tolist())
+        row, column = (where[some] - first) // columns, where[some] % columns - tile.column
+        inside = (column >= 0) & (column < codes.shape[1])
+        where, row, column = where[some][inside], row[inside], column[inside]
+        kept = as_bits(kept)[some][inside].view(kept.dtype)
         factors = self.factors.at(self.grid.block_of(where))
         meant = exact_cast(self.element.read(kept[:, None], factors[:, None], self.dtype), values.dtype)
-        found = values.view(-1, self.element.per)[where]
-        fits = (as_bits(meant) == as_bits(found)).all(-1)
-        as_bits(codes).view(-1)[where[fits]] = as_bits(kept)[fits]
+        fits = (as_bits(meant) == as_bits(values.view(len(values), -1, self.element.per)[row, column])).all(-1)
+        as_bits(codes)[row[fits], column[fits]] = as_bits(kept)[fits]
 
 
 def _as_integers(values: Tensor, per: int) -> Tensor | None:

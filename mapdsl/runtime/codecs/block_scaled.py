@@ -11,8 +11,9 @@ from mapdsl.runtime.codecs.base import Codec, Encoded, Slice, unflatten_index
 from mapdsl.runtime.codecs.block_kernel import BlockKernel
 from mapdsl.runtime.codecs.elements import TableElement, element_named
 from mapdsl.runtime.codecs.formats import DTYPE_BY_SPELLING
-from mapdsl.runtime.codecs.kept import Kept, choose_kept
-from mapdsl.runtime.codecs.quantise import Largest, first_unholdable, quantise
+from mapdsl.runtime.codecs.kept import Kept
+from mapdsl.runtime.codecs.matrices import Matrices
+from mapdsl.runtime.codecs.quantise import first_unholdable, largest_of_matrices, quantise
 from mapdsl.runtime.codecs.scales import (
     BlockFactors,
     is_power_dtype,
@@ -22,7 +23,7 @@ from mapdsl.runtime.codecs.scales import (
     written_scale,
 )
 from mapdsl.runtime.codecs.storage import SCALES, BlockStorage
-from mapdsl.runtime.codecs.strided import contiguous
+from mapdsl.runtime.codecs.strided import contiguous_copy
 from mapdsl.runtime.codecs.tiles import BlockGrid, Tile
 from mapdsl.runtime.errors import ConversionError
 
@@ -120,35 +121,35 @@ class BlockScaled(Codec):
 
     def _decode(self, parts: Mapping[str, Tensor], values: Tensor, of: Slice | None) -> None:
         """Write a tensor, or the slice of one that the parts hold; first and last elements may share a byte."""
-        codes = self._codes(parts["payload"])
         if of is None:
-            self._decode_into(codes, parts, values, (0, 0))
+            self._decode_into(parts, values)
             return
         *_, (top, _), (left, _) = ((0, 1), (0, 1), *of.box)
         height, width = self.storage.block
         cut_off = left % (width or left or 1) if self.storage.blocks else left % self.storage.per
         offset = (top % height if height else 0, (left - cut_off) % width if width else 0)
-        wide = (*codes.shape[:-1], codes.shape[-1] * self.element.per)
-        if wide == tuple(values.shape):
-            self._decode_into(codes, parts, values, offset)
-        else:
-            whole = torch.empty(wide, dtype=values.dtype, device=values.device)
-            self._decode_into(codes, parts, whole, offset)
-            values.copy_(whole.narrow(-1, cut_off, values.shape[-1]))
+        self._decode_into(parts, values, offset, cut_off)
 
-    def _decode_into(self, codes: Tensor, parts: Mapping[str, Tensor], values: Tensor, offset: tuple[int, int]) -> None:
-        """Decode bytes into logical values that may lie in any order; see `BlockGrid` for `offset`."""
-        grid = self._grid(codes.shape, offset)
+    def _decode_into(
+        self, parts: Mapping[str, Tensor], values: Tensor, offset: tuple[int, int] = (0, 0), cut_off: int = 0
+    ) -> None:
+        """Decode into logical values that may lie in any order; see `BlockGrid` for `offset`.
+
+        Of each row's first values so many are cut off, and of the last what `values` has no room for.
+        """
+        payload = parts["payload"]
+        grid = self._grid(self._code_shape(self.logical_shape(tuple(payload.shape))), offset)
         try:
-            wide = values.view(self._wide(grid))
+            wide = values.view(*grid.elements[:2], values.shape[-1] if values.ndim else 1)
+            parts["scale"].view(grid.blocks)
         except RuntimeError:
             # Matrices that do not follow each other in memory are decoded one by one.
             for place, matrix in enumerate(values.unbind()):
                 scales = {role: _of_matrix(parts[role], place) for role in ("scale", "global") if role in parts}
-                self._decode_into(codes[place], scales, matrix, offset)
+                self._decode_into({"payload": payload[place], **scales}, matrix, offset, cut_off)
             return
         kernel = BlockKernel(self.element, grid, self._factors(grid, parts), values.dtype)
-        kernel.decode(codes.reshape(grid.elements), wide)
+        kernel.decode(self._codes(grid, payload), wide, cut_off)
 
     # --- the complement ---
 
@@ -157,28 +158,32 @@ class BlockScaled(Codec):
         self.check_working(key, dtype)
         found = self.checked_parts(key, parts)
         payload = found.pop("payload")
-        codes = self._codes(payload)
+        companions = {role: part.clone(memory_format=torch.contiguous_format) for role, part in found.items()}
+        shape = self.logical_shape(tuple(payload.shape))
+        grid = self._grid(self._code_shape(shape))
+        codes = self._codes(grid, payload)
+        kept = torch.empty(0, dtype=codes.dtype, device=payload.device)
         where: Tensor | None = torch.empty(0, dtype=torch.int64, device=payload.device)
         if payload.numel() and not payload.is_meta:
-            grid = self._grid(codes.shape)
-            kernel = BlockKernel(self.element, grid, self._factors(grid, found), dtype)
-            where = kernel.irreproducible(codes.reshape(grid.elements))
-        kept, positions = choose_kept(codes, where)
-        shape = self.logical_shape(tuple(payload.shape))
-        return Kept(self.name, dtype, shape, kept, positions, {role: part.clone() for role, part in found.items()})
+            found_again = BlockKernel(self.element, grid, self._factors(grid, companions), dtype).irreproducible(codes)
+            if found_again is None:
+                kept, where = contiguous_copy(payload).view(codes.dtype).view(self._code_shape(shape)), None
+            else:
+                kept, where = found_again
+        return Kept(self.name, dtype, shape, kept, where, companions)
 
     # --- encoding ---
 
     def encode(self, key: str, tensor: Tensor, kept: Kept | None = None, *, out: Tensor | None = None) -> Encoded:
         """New blocks get amax / largest element as scale (see `written_scale`); e8m0: the next power of two."""
-        tensor = contiguous(tensor.detach())
+        tensor = tensor.detach()
         self.check_working(key, tensor.dtype)
         shape = tuple(tensor.shape)
         self.check_fit(key, shape)
         stored = self.storage.part_shapes(shape)["payload"]
         if kept is not None:
             self._check_kept_parts(key, tensor, kept)
-            kept = kept.to(tensor.device)
+            kept = kept.to(tensor.device).in_order()
         dtype = self.element.dtype if isinstance(self.element, TableElement) else tensor.dtype
         if kept is not None:
             dtype = kept.codes.dtype
@@ -198,14 +203,11 @@ class BlockScaled(Codec):
     def _write_kept(self, key: str, tensor: Tensor, codes: Tensor, kept: Kept) -> tuple[dict[str, Tensor], int]:
         """Fill `codes` as they were kept, edited blocks anew; gives the companions and the number of edited blocks."""
         grid = self._grid(codes.shape)
-        values, flat = tensor.view(self._wide(grid)), codes.view(grid.elements)
         kernel = BlockKernel(self.element, grid, self._factors(grid, kept.parts), kept.dtype)
-        kernel.encode(values, flat)
-        kernel.restore(flat, values, kept.codes, kept.where)
-        edited = kernel.unlike(flat, values)
+        edited = kernel.encode(tensor, codes.view(grid.elements), kept.codes, kept.where)
         if not edited.any():
             return {role: part.clone() for role, part in kept.parts.items()}, 0
-        return self._write_anew(key, tensor, codes, edited, kept.parts), int(edited.sum())
+        return self._write_anew(key, tensor, codes, edited, kept.parts), int(edited.count_nonzero())
 
     def _write_anew(
         self,
@@ -220,8 +222,7 @@ class BlockScaled(Codec):
         Blocks that are not picked keep their scales of `before`, as does the global scale, unless it is too small.
         """
         grid = self._grid(codes.shape)
-        values, flat = tensor.view(self._wide(grid)), codes.view(grid.elements)
-        companions = self._companions_to_fill(tensor, Largest(self.element, grid, values), before)
+        companions = self._companions_to_fill(tensor, before)
         factors = self._factors(grid, companions)
         outgrown = []
 
@@ -229,24 +230,21 @@ class BlockScaled(Codec):
             scale = self._fresh_scale(largest, factors.whole(band), companions["scale"].dtype)
             if only is not None and factors.whole(band) is not None:
                 reach = factors.made(scale, band) * self.element.largest
-                if bool((band.grid_rows(only) & (largest > reach * 1.0625)).any()):
+                if bool((band.blocks(only) & (largest > reach * 1.0625)).any()):
                     outgrown.append(band)
             return scale
 
         kernel = BlockKernel(self.element, grid, factors, tensor.dtype)
-        if not quantise(kernel, values, flat, choose, only):
-            self._refuse_unholdable(key, tensor, first_unholdable(self.element, grid, values, only))
+        if not quantise(kernel, tensor, codes.view(grid.elements), choose, only):
+            self._refuse_unholdable(key, tensor, first_unholdable(self.element, grid, tensor, only))
         return self._write_anew(key, tensor, codes) if outgrown else companions
 
     def _refuse_unholdable(self, key: str, tensor: Tensor, place: int | None) -> None:
         """D403 for the value at a flat place, if there is one that no code stands for."""
         if place is not None:
-            found = f"element {unflatten_index(place, tensor.shape)} is {tensor.flatten()[place].item()}"
-            raise ConversionError("D403", f"{self.payload(key)}: {found}, which {self.element.name} cannot hold")
+            self.refuse_value(key, tensor, unflatten_index(place, tensor.shape), f"{self.element.name} cannot hold")
 
-    def _companions_to_fill(
-        self, tensor: Tensor, largest: Largest, before: Mapping[str, Tensor] | None
-    ) -> dict[str, Tensor]:
+    def _companions_to_fill(self, tensor: Tensor, before: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Copies of the companions of `before`; or new ones, their scales not yet chosen."""
         if before is not None:
             return {role: part.clone() for role, part in before.items()}
@@ -255,8 +253,8 @@ class BlockScaled(Codec):
         if "global" in shapes:
             # Under the largest scale that there is, the largest code means the largest value of each matrix.
             most = self.element.reach * torch.finfo(self.scale_dtypes[0]).max
-            largest_of_each = largest.of_matrices(max(1, torch.Size(shapes["global"]).numel()))
-            whole = written_global(largest_of_each, most, self.storage.global_inverse)
+            largest = largest_of_matrices(self.element, tensor, max(1, torch.Size(shapes["global"]).numel()))
+            whole = written_global(largest, most, self.storage.global_inverse)
             made["global"] = whole.view(shapes["global"])
         if "shape" in shapes:
             made["shape"] = torch.tensor(tensor.shape, dtype=torch.int64, device=tensor.device)
@@ -295,12 +293,9 @@ class BlockScaled(Codec):
             whole_inverse=self.storage.global_inverse,
         )
 
-    def _codes(self, payload: Tensor) -> Tensor:
-        """The payload as bytes of packed elements, `[..., rows, bytes]`."""
-        payload = payload.contiguous()
-        if self._in_words:
-            payload = payload.view(torch.uint8)
-        return payload.flatten(-2) if self.storage.blocks else payload
+    def _codes(self, grid: BlockGrid, payload: Tensor) -> Matrices:
+        """The payload as bytes of packed elements, those of the grid."""
+        return Matrices(payload, grid.elements, torch.uint8 if self._in_words else None)
 
     def _code_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*shape[:-1], shape[-1] // self.element.per) if shape else shape
@@ -309,10 +304,6 @@ class BlockScaled(Codec):
         rows, columns = self.storage.block
         per = self.element.per
         return BlockGrid(tuple(code_shape), (rows, columns and columns // per), (offset[0], offset[1] // per))
-
-    def _wide(self, grid: BlockGrid) -> tuple[int, int, int]:
-        matrices, rows, columns = grid.elements
-        return matrices, rows, columns * self.element.per
 
     def _check_kept_parts(self, key: str, tensor: Tensor, kept: Kept) -> None:
         """R607 unless the complement's companions are those of this codec and shape."""

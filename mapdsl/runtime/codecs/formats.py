@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.storage import DTYPES
+from mapdsl.runtime.codecs.tiles import strips
 
 DTYPE_BY_NAME: dict[str, torch.dtype] = {
     "f32": torch.float32,
@@ -83,7 +84,8 @@ def _largest_magnitude(tensor: Tensor) -> int:
     """The largest bits without the sign: magnitudes are ordered as their bits are, and integers compared faster."""
     if tensor.is_meta or not tensor.numel():
         return -1
-    return int((as_bits(tensor) & ((1 << (tensor.element_size() * 8 - 1)) - 1)).max())
+    magnitude = (1 << (tensor.element_size() * 8 - 1)) - 1
+    return max(int((as_bits(tensor[strip]) & magnitude).max()) for strip in strips(tuple(tensor.shape)))
 
 
 def exact_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,10 +12,12 @@ from mapdsl.runtime.codecs.block_scaled import BlockScaled
 from mapdsl.runtime.codecs.elements import Integer
 from mapdsl.runtime.codecs.formats import round_product
 from mapdsl.runtime.codecs.integer_storage import GroupStorage
+from mapdsl.runtime.codecs.kernels import each
+from mapdsl.runtime.codecs.matrices import Matrices
 from mapdsl.runtime.codecs.quantise import Largest, first_unholdable
 from mapdsl.runtime.codecs.scales import BlockFactors, reciprocal
 from mapdsl.runtime.codecs.strided import copy_strided
-from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS, BlockGrid
+from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS, BlockGrid, Tile, covering
 from mapdsl.runtime.errors import ConversionError
 
 
@@ -50,8 +52,7 @@ class GroupInt(BlockScaled):
     def _decode(self, parts: Mapping[str, Tensor], values: Tensor, of: Slice | None) -> None:
         """By the block kernel where the whole tensor is decoded in its own order, else position by position."""
         if of is None and values.is_contiguous():
-            codes = self._codes(parts["payload"])
-            self._decode_into(codes, parts, values.view(codes.shape), (0, 0))
+            self._decode_into(parts, values.view(self._code_shape(tuple(values.shape))))
             return
         shape, box = (tuple(values.shape), tuple((0, size) for size in values.shape)) if of is None else of
         apart = tuple(torch.Size(shape[dim + 1 :]).numel() for dim in range(len(shape)))
@@ -72,21 +73,29 @@ class GroupInt(BlockScaled):
     ) -> dict[str, Tensor]:
         """DeepSpeed's quantiser: values times 2**bits / (2 * amax + 1e-5), rounded to even, saturating."""
         grid = self._grid(codes.shape)
-        values = tensor.view(grid.elements)
-        measured = Largest(self.element, grid, values)
-        largest = torch.cat([measured.of(tiles) for tiles in grid.bands()]).view(grid.blocks)
+        values, flat = Matrices(tensor, grid.elements), codes.view(grid.elements)
+        measured = Largest(self.element, values, 1)
+        shape = self.storage.part_shapes(tuple(tensor.shape))["scale"]
+        scales = torch.empty(shape, device=tensor.device) if before is None else before["scale"].clone()
+
+        def work(tiles: list[Tile]) -> None:
+            band = covering(tiles)
+            picked = None if only is None else band.blocks(only)
+            if picked is not None and not picked.any():
+                return
+            multiplier = 2.0**self.storage.bits / (2 * measured.of(tiles) + 1e-5)
+            target = band.blocks(scales.view(grid.blocks))
+            scale = multiplier if self.storage.inverse else 1 / multiplier
+            target.copy_(scale if picked is None else torch.where(picked, scale, target))
+            for tile in tiles:
+                rows, mine = values.of(tile), tile.flat(flat)
+                fresh = self.element.rounded(rows.float() * multiplier).view(torch.int8)
+                mine.copy_(fresh if picked is None else torch.where(picked, fresh, mine))
+
+        each(work, grid.bands(), tensor.device)
         if not measured.all_finite:
-            self._refuse_unholdable(key, tensor, first_unholdable(self.element, grid, values, only))
-        multiplier = 2.0**self.storage.bits / (2 * largest + 1e-5)
-        scale = multiplier if self.storage.inverse else 1 / multiplier
-        if only is not None and before is not None:
-            scale = torch.where(only, scale, before["scale"].reshape(scale.shape))
-        flat = codes.view(grid.elements)
-        for tile in grid.tiles():
-            target, factors = tile.cut(flat), tile.blocks(multiplier)[:, None, :, None]
-            fresh = self.element.rounded(tile.cut(values).float() * factors).view(torch.int8)
-            target.copy_(fresh if only is None else torch.where(tile.blocks(only)[:, None, :, None], fresh, target))
-        return {"scale": scale.reshape(self.storage.part_shapes(tuple(tensor.shape))["scale"])}
+            self._refuse_unholdable(key, tensor, first_unholdable(self.element, grid, tensor, only))
+        return {"scale": scales}
 
     def _factors(self, grid: BlockGrid, parts: Mapping[str, Tensor]) -> BlockFactors:
         return BlockFactors(grid, parts["scale"].float(), inverse=self.storage.inverse)
@@ -94,9 +103,6 @@ class GroupInt(BlockScaled):
     def _multipliers(self, parts: Mapping[str, Tensor]) -> Tensor:
         scale = parts["scale"].float()
         return reciprocal(scale) if self.storage.inverse else scale
-
-    def _codes(self, payload: Tensor) -> Tensor:
-        return payload.contiguous().view(self._code_shape(tuple(payload.shape)))
 
     def _code_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return self.storage.groups, torch.Size(shape).numel() // self.storage.groups

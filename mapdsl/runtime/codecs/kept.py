@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapdsl.runtime.codecs.formats import DTYPE_BY_NAME, dtype_name
+from mapdsl.runtime.codecs.formats import DTYPE_BY_NAME, as_bits, dtype_name
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,13 @@ class Kept:
         where = None if self.where is None else self.where.to(device)
         parts = {role: part.to(device) for role, part in self.parts.items()}
         return replace(self, codes=self.codes.to(device), where=where, parts=parts)
+
+    def in_order(self) -> Kept:
+        """The same with ascending positions: those of a side file may come in any order."""
+        if self.where is None or self.where.is_meta or bool((self.where[1:] >= self.where[:-1]).all()):
+            return self
+        order = self.where.argsort(stable=True)
+        return replace(self, where=self.where[order], codes=as_bits(self.codes)[order].view(self.codes.dtype))
 
     def lies_in(self, payload_shape: tuple[int, ...]) -> bool:
         """Whether positions and elements agree in number and lie in the payload: a side file may be damaged."""
@@ -80,21 +87,29 @@ class Kept:
         )
 
 
-def as_many_as_all(payload: Tensor) -> int:
-    """How many elements, kept with their positions, take as much as the whole payload."""
-    return max(1, -(-payload.nbytes // (8 + payload.element_size())))
+def as_many_as_all(elements: int, dtype: torch.dtype) -> int:
+    """How many of a payload's elements, kept with their positions, take as much as all of it."""
+    return max(1, -(-elements * dtype.itemsize // (8 + dtype.itemsize)))
 
 
-def choose_kept(payload: Tensor, where: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`codes` and `where` of a `Kept` from the positions that do not come back, or None for too many to list.
+def side_by_side(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Codes and ascending positions, of several such as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    where, order = torch.cat([positions for _, positions in pieces]).sort()
+    return torch.cat([as_bits(codes) for codes, _ in pieces])[order].view(pieces[0][0].dtype), where
 
-    The whole payload is kept if that is less.
-    """
-    if where is None or len(where) >= as_many_as_all(payload):
-        return payload.clone(memory_format=torch.contiguous_format), None
-    if not len(where):  # nearly always; picking none costs as much as picking some
-        return payload.new_empty(0), where
-    return payload.flatten()[where].clone(), where
+
+def one_after_another(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Codes and positions of all pieces, one after another; the list is emptied, so that no more memory is held."""
+    total = sum(len(where) for _, where in pieces)
+    codes, where = (part.new_empty(total) for part in pieces[0])
+    while pieces:
+        some, positions = pieces.pop()
+        total -= len(positions)
+        codes[total : total + len(some)].copy_(some)
+        where[total : total + len(some)] = positions
+    return codes, where
 
 
 def _plain(tensor: Tensor) -> Tensor:

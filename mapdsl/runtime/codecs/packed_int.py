@@ -12,7 +12,8 @@ from mapdsl.runtime.codecs.base import Codec, Encoded, Slice
 from mapdsl.runtime.codecs.formats import bits_differ, exact_cast, round_product
 from mapdsl.runtime.codecs.integer_storage import PackedIntStorage
 from mapdsl.runtime.codecs.kept import Kept
-from mapdsl.runtime.codecs.strided import copy_strided
+from mapdsl.runtime.codecs.storage import Box
+from mapdsl.runtime.codecs.strided import contiguous, contiguous_copy, copy_strided
 from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS
 from mapdsl.runtime.errors import ConversionError
 
@@ -65,6 +66,7 @@ class PackedInt(Codec):
         """See `Codec.bind`."""
         super().bind(storage)
         self._run = math.lcm(storage.bits, 32) // storage.bits  # elements that fill whole words
+        self._dim = 1 if storage.layout == "awq" else 0  # along which a word has several elements
         self._order = _AWQ_ORDER if storage.layout == "awq" else tuple(range(self._run))
 
     def decode(
@@ -83,12 +85,10 @@ class PackedInt(Codec):
         values = self.output(key, shape, dtype, found["payload"].device, out)
         if values.numel() and not values.is_meta:
             box = ((0, shape[0]), (0, shape[1])) if of is None else of.box
-            zeros, scales = self._group_values(found, box)
-            groups = self._groups_of_rows(key, found, box)
+            self._check_order(key, found)
             for start, codes in self._strips(found["payload"], box):
                 rows = slice(start, start + len(codes))
-                codes -= zeros[groups[rows]]
-                copy_strided(values[rows], round_product(codes.float(), scales[groups[rows]], values.dtype))
+                copy_strided(values[rows], _meant(codes, *self._group_values(found, rows, box), values.dtype))
         return values
 
     def keep(self, key: str, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Kept:
@@ -99,12 +99,15 @@ class PackedInt(Codec):
         companions = {role: part.clone() for role, part in found.items()}
         shape = self.logical_shape(tuple(payload.shape))
         nothing = torch.empty(0, dtype=torch.int64, device=payload.device)
-        kept = Kept(self.name, dtype, shape, payload.new_empty(0), nothing, companions)
         if payload.numel() and not payload.is_meta:
-            again = self._requantised(key, self.decode(key, parts, dtype), kept)
-            if bits_differ(again, payload):
-                return Kept(self.name, dtype, shape, payload.clone(), None, companions)
-        return kept
+            self._check_order(key, found)
+            for start, codes in self._strips(payload, box := _all_of(shape)):
+                rows = slice(start, start + len(codes))
+                groups = self._group_values(found, rows, box)
+                again = self._requantised(_meant(codes, *groups, dtype), *groups)
+                if bits_differ(again, payload[self._words(rows)].contiguous()):
+                    return Kept(self.name, dtype, shape, contiguous_copy(payload), None, companions)
+        return Kept(self.name, dtype, shape, payload.new_empty(0), nothing, companions)
 
     def encode(self, key: str, tensor: Tensor, kept: Kept | None = None, *, out: Tensor | None = None) -> Encoded:
         """What was kept; D406 where nothing was, or where the tensor has changed since."""
@@ -117,27 +120,42 @@ class PackedInt(Codec):
             raise ConversionError("D406", f"{name}: {self.name} {what}; write another format")
         self.check_kept(key, tensor, kept, self.storage.part_shapes(kept.shape)["payload"])
         kept = kept.to(tensor.device)
+        form, size = self.stored(key, tuple(tensor.shape))[name]
+        payload = self.memory(key, size, form, tensor.device, out)
+        parts = {name: payload} | {n: kept.parts[role].clone() for role, n in self.companions(key).items()}
         if tensor.is_meta or not tensor.numel():
-            form, size = self.stored(key, tuple(tensor.shape))[name]
-            payload = torch.empty(size, dtype=form, device=tensor.device)
-        else:
-            payload = self._requantised(key, tensor, kept) if kept.where is not None else kept.codes.clone()
-        parts = {name: self.written(key, payload, out)} | {
-            n: kept.parts[role].clone() for role, n in self.companions(key).items()
-        }
-        if not tensor.is_meta and tensor.numel():
-            meant = exact_cast(self.decode(key, parts, kept.dtype), tensor.dtype)
-            if bits_differ(meant, tensor.contiguous()):
+            return Encoded(parts)
+        found = self.checked_parts(key, parts)
+        self._check_order(key, found)
+        step = self._step(tensor.shape[1])
+        for start in range(0, len(tensor), step):
+            rows = slice(start, start + step)
+            groups = self._group_values(found, rows, _all_of(kept.shape))
+            values, words = contiguous(tensor[rows]), payload[self._words(rows)]
+            is_all = kept.where is None
+            words.copy_(kept.codes[self._words(rows)] if is_all else self._requantised(values, *groups))
+            codes = self._unpacked(words, self._dim)
+            if bits_differ(exact_cast(_meant(codes, *groups, kept.dtype), values.dtype), values):
                 what = f"has changed since it was read, and {self.name} cannot be written anew"
                 raise ConversionError("D406", f"{name} {what}; write another format")
         return Encoded(parts)
 
     # --- within ---
 
-    def _strips(self, payload: Tensor, box: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, Tensor]]:
+    def _step(self, columns: int) -> int:
+        """How many rows are worked on at a time; they fill whole words."""
+        return max(1, STRIP_ELEMENTS // max(1, columns) // self._run) * self._run
+
+    def _words(self, rows: slice) -> slice:
+        """The rows of the payload that hold such rows, which fill whole words."""
+        if self.storage.layout == "awq":
+            return rows
+        return slice(*(place * self.storage.bits // 32 for place in (rows.start, rows.stop)))
+
+    def _strips(self, payload: Tensor, box: Box) -> Iterator[tuple[int, Tensor]]:
         """Elements, int32, of some rows at a time: the first row's number in the box, and `[rows, columns]`."""
         (first, last), (left, right) = box
-        step = max(1, STRIP_ELEMENTS // max(1, right - left) // self._run) * self._run
+        step = self._step(right - left)
         if self.storage.layout == "awq":
             skip = left % self._run
             for start in range(0, last - first, step):
@@ -153,67 +171,72 @@ class PackedInt(Codec):
 
     def _unpacked(self, words: Tensor, dim: int) -> Tensor:
         """The elements of 32-bit words along a dimension, int32: a stream of bits, low ones first."""
-        if dim == 0:
-            return self._unpacked(words.T, 1).T
         bits, run = self.storage.bits, self._run
-        runs = words.reshape(words.shape[0], -1, run * bits // 32)
-        codes = torch.empty(*runs.shape[:2], run, dtype=torch.int32, device=words.device)
+        runs = _in_runs(words, dim, run * bits // 32)
+        shape = *runs.shape[: dim + 1], run, *runs.shape[dim + 2 :]
+        codes = torch.empty(shape, dtype=torch.int32, device=words.device)
         for place, element in enumerate(self._order):
             word, shift = divmod(place * bits, 32)
-            value = runs[..., word] >> shift
+            value = runs.select(dim + 1, word) >> shift
             if shift + bits > 32:
                 # The shift above drags the sign along; what it put over the low bits is replaced.
-                value = value & ((1 << 32 - shift) - 1) | runs[..., word + 1] << 32 - shift
-            codes[..., element] = value & (1 << bits) - 1
-        return codes.flatten(1)
+                value = value & ((1 << 32 - shift) - 1) | runs.select(dim + 1, word + 1) << 32 - shift
+            torch.bitwise_and(value, (1 << bits) - 1, out=codes.select(dim + 1, element))
+        return codes.flatten(dim, dim + 1)
 
     def _packed(self, codes: Tensor, dim: int) -> Tensor:
         """The inverse of `_unpacked`."""
-        if dim == 0:
-            return self._packed(codes.T, 1).T.contiguous()
         bits, run = self.storage.bits, self._run
-        runs = codes.reshape(codes.shape[0], -1, run)
-        words = torch.zeros(*runs.shape[:2], run * bits // 32, dtype=torch.int32, device=codes.device)
+        runs = _in_runs(codes, dim, run)
+        shape = *runs.shape[: dim + 1], run * bits // 32, *runs.shape[dim + 2 :]
+        words = torch.zeros(shape, dtype=torch.int32, device=codes.device)
         for place, element in enumerate(self._order):
             word, shift = divmod(place * bits, 32)
-            words[..., word] |= runs[..., element] << shift
+            value = runs.select(dim + 1, element)
+            words.select(dim + 1, word).bitwise_or_(value << shift)
             if shift + bits > 32:
-                words[..., word + 1] |= runs[..., element] >> 32 - shift
-        return words.flatten(1)
+                words.select(dim + 1, word + 1).bitwise_or_(value >> 32 - shift)
+        return words.flatten(dim, dim + 1)
 
-    def _group_values(self, parts: Mapping[str, Tensor], box: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
-        """Zero points, int32, and scales, float32, `[groups, columns]` of a box."""
-        left, right = box[1]
-        skip = left % self._run
-        zeros = self._unpacked(parts["zeros"], 1)[:, skip : skip + right - left]
-        return zeros + self.storage.zero_offset, parts["scale"].float()
+    def _requantised(self, values: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
+        """The words that rounding the values of some rows gives, under their zero points and scales."""
+        quotient, limit = values.to(torch.float32, copy=True).div_(scales), 1 << self.storage.bits
+        integers = quotient.nan_to_num_(0.0).round_().clamp_(-limit * 2, limit * 2).int()
+        return self._packed(integers.add_(zeros).clamp_(0, limit - 1), self._dim)
 
-    def _groups_of_rows(self, key: str, parts: Mapping[str, Tensor], box: tuple[tuple[int, int], ...]) -> Tensor:
-        """The group of each row of a box, int64, counted from the first group of the parts."""
+    def _group_values(self, parts: Mapping[str, Tensor], rows: slice, box: Box) -> tuple[Tensor, Tensor]:
+        """Zero points, int32, and scales, float32, of each of some rows of a box; `[1, columns]` if all have one."""
+        (top, bottom), (left, right) = box
         order = parts.get("order")
         if order is None:
-            rows = torch.arange(*box[0], device=parts["payload"].device)
-            group = self.storage.group or box[0][1]
-            return rows // group - box[0][0] // group
-        groups = parts["scale"].shape[0]
-        if order.min() < 0 or order.max() >= groups:
+            size = self.storage.group or bottom
+            numbers = torch.arange(top, bottom, device=parts["scale"].device)[rows] // size - top // size
+        else:
+            numbers = order[rows].long()
+        used, groups = torch.unique(numbers, return_inverse=True)
+        skip = left % self._run
+        zeros = self._unpacked(parts["zeros"][used], 1)[:, skip : skip + right - left]
+        zeros, scales = zeros + self.storage.zero_offset, parts["scale"][used].float()
+        return (zeros, scales) if len(used) == 1 else (zeros[groups], scales[groups])
+
+    def _check_order(self, key: str, parts: Mapping[str, Tensor]) -> None:
+        """R606 unless each row is of a group that there is."""
+        order, groups = parts.get("order"), parts["scale"].shape[0]
+        if order is not None and (order.min() < 0 or order.max() >= groups):
             name = self.companions(key)["order"]
             raise ConversionError("R606", f"{name} names groups {int(order.min())} to {int(order.max())} of {groups}")
-        return order.long()
 
-    def _requantised(self, key: str, tensor: Tensor, kept: Kept) -> Tensor:
-        """The payload that rounding gives under kept scales and zero points."""
-        box = tuple((0, size) for size in tensor.shape)
-        parts = {"payload": tensor, **kept.parts}
-        zeros, scales = self._group_values(parts, box)
-        groups = self._groups_of_rows(key, parts, box)
-        dim = 1 if self.storage.layout == "awq" else 0
-        step = max(1, STRIP_ELEMENTS // max(1, tensor.shape[1]) // self._run) * self._run
-        strips = []
-        for start in range(0, len(tensor), step):
-            rows = slice(start, start + step)
-            quotient = (tensor[rows].float() / scales[groups[rows]]).nan_to_num(0.0).round()
-            limit = 1 << self.storage.bits
-            codes = (quotient.clamp(-limit * 2, limit * 2).int() + zeros[groups[rows]]).clamp(0, limit - 1)
-            strips.append(self._packed(codes, dim))
-        return torch.cat(strips)
+
+def _meant(codes: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of elements, int32, which are overwritten."""
+    return round_product(codes.sub_(zeros).float(), scales, dtype)
+
+
+def _in_runs(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """A matrix with one of its dimensions as runs of a size and what is in them."""
+    rows, columns = tensor.shape
+    return tensor.reshape((rows, -1, size) if dim else (-1, size, columns))
+
+
+def _all_of(shape: tuple[int, ...]) -> Box:
+    return tuple((0, size) for size in shape)

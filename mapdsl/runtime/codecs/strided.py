@@ -21,7 +21,7 @@ def copy_strided(out: Tensor, source: Tensor, kernels: Kernels | None = None) ->
     """
     source = source.detach()
     is_own = out.device.type == "cpu" and out.device == source.device and out.dtype == source.dtype
-    if not (is_own and _is_plain(out) and _is_plain(source)):
+    if not (is_own and is_plain(out) and is_plain(source)):
         out.copy_(source)
         return
     if out.element_size() == 1:  # bits: of a bool torch makes 0 or 1, whatever byte is stored; FP4 it does not copy
@@ -36,7 +36,7 @@ def copy_strided(out: Tensor, source: Tensor, kernels: Kernels | None = None) ->
 def contiguous_copy(source: Tensor) -> Tensor:
     """A copy in memory of its own, its last dimension the fastest; gradients flow to the source, if it wants any."""
     wants_grad = source.requires_grad and torch.is_grad_enabled()
-    if source.device.type != "cpu" or wants_grad or not _is_plain(source):
+    if source.device.type != "cpu" or wants_grad or not is_plain(source):
         return source.clone(memory_format=torch.contiguous_format)
     out = torch.empty(source.shape, dtype=source.dtype)
     copy_strided(out, source)
@@ -48,7 +48,7 @@ def contiguous(source: Tensor) -> Tensor:
     return source if source.is_contiguous() else contiguous_copy(source)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is what lies in its memory: a DTensor is not, nor a conjugate or negative that is yet to be."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not (tensor.is_conj() or tensor.is_neg())
 
@@ -73,8 +73,12 @@ def _copy(out: Tensor, source: Tensor, kernels: Kernels | None) -> None:
         strip, place = origin[:, column : column + step], target[:, column : column + step]
         if kernels is not None and are_whole and kernels.transpose(strip.T, place):
             return
+        straight = strip.T.contiguous().T
+        if place.is_contiguous():
+            place.copy_(straight)
+            return
         turned = scratch("turned", tuple(strip.shape), out.dtype, out.device)
-        turned.copy_(strip.T.contiguous().T)
+        turned.copy_(straight)
         place.copy_(turned)
 
     each(work, range(0, columns, step), out.device)

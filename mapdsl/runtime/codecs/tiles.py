@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
 
 STRIP_ELEMENTS = 1 << 18  # small enough for a core's caches, large enough that starting torch's kernels costs little
-_LINE = 32  # rows of a strip are a multiple of it: transposed, they are whole cache lines
+_LINE = 32  # rows of a strip are a multiple of it where they can be: transposed, they are whole cache lines
+_TALL = 512  # rows of a block: of one with more, a strip is some of its rows
 
 
 class Tile(NamedTuple):
@@ -28,9 +30,13 @@ class Tile(NamedTuple):
     width: int
     grid_column: int
 
-    def cut(self, tensor: Tensor, per: int = 1) -> Tensor:
-        """The tile of a `[matrices, rows, columns * per]` tensor, as a view `[bands, height, groups, width * per]`."""
-        return self.flat(tensor, per).view(self.bands, self.height, self.groups, self.width * per)
+    def cut(self, tensor: Tensor) -> Tensor:
+        """The tile of a `[matrices, rows, columns]` tensor, as a view `[bands, height, groups, width]`."""
+        return self.blocked(self.flat(tensor))
+
+    def blocked(self, flat: Tensor) -> Tensor:
+        """What is `[rows, groups * width * per]` of this tile, as a view `[bands, height, groups, width * per]`."""
+        return flat.view(self.bands, self.height, self.groups, flat.shape[1] // self.groups)
 
     def flat(self, tensor: Tensor, per: int = 1) -> Tensor:
         """The tile of a `[matrices, rows, columns * per]` tensor, as a view `[rows, groups * width * per]`."""
@@ -75,42 +81,62 @@ class BlockGrid:
             -(-(self.right + columns) // self.width),
         )
 
-    def bands(self, strip: int = STRIP_ELEMENTS) -> Iterator[list[Tile]]:
-        """The tiles that together hold some whole rows of blocks, for all of them."""
-        for _, tiles in itertools.groupby(self.tiles(strip), key=lambda tile: (tile.matrix, tile.grid_row)):
-            yield list(tiles)
+    def wide(self, per: int) -> tuple[int, int, int]:
+        """The size of what has `per` values for each element."""
+        matrices, rows, columns = self.elements
+        return matrices, rows, columns * per
 
-    def tiles(self, strip: int = STRIP_ELEMENTS) -> Iterator[Tile]:
-        """All elements, each in one tile of `strip` at most; tiles of the same rows of blocks follow each other."""
-        spans = list(self._columns_of_blocks(strip))
+    def bands(self, strip: int = STRIP_ELEMENTS, *, in_rows: bool = False) -> Iterator[list[Tile]]:
+        """All tiles, those together that share blocks."""
+        down, across = self._span(strip, in_rows)
+        tiles = self.tiles(strip, in_rows=in_rows)
+        if self.height <= down and self.width <= across:
+            yield from ([tile] for tile in tiles)
+            return
+        for _, band in itertools.groupby(tiles, key=lambda tile: (tile.matrix, tile.grid_row)):
+            yield list(band)
+
+    def tiles(self, strip: int = STRIP_ELEMENTS, *, in_rows: bool = False) -> Iterator[Tile]:
+        """All elements, each in one tile of `strip` at most; tiles of the same rows of blocks follow each other.
+
+        They are parts of as many rows as make whole blocks and whole lines, or whole rows however few (`in_rows`).
+        """
+        down, across = self._span(strip, in_rows)
+        spans = list(self._columns_of_blocks(across))
         for matrix in range(self.matrices):
-            for band in self._rows_of_blocks(strip):
+            for band in self._rows_of_blocks(down):
                 for column, groups, width, grid_column in spans:
                     yield Tile(matrix, *band, column, groups, width, grid_column)
 
-    def _rows_of_blocks(self, strip: int) -> Iterator[tuple[int, int, int, int]]:
+    def _span(self, strip: int, in_rows: bool) -> tuple[int, int]:
+        """The most rows and columns of a tile."""
+        few = 1 if in_rows else min(_LINE, self.rows)
+        if self.height <= _TALL and not in_rows:
+            few = -(-few // self.height) * self.height
+        across = min(strip, max(1, self.columns, self.width), max(strip // max(1, few), self.width))
+        return max(1, strip // across), across
+
+    def _rows_of_blocks(self, most: int) -> Iterator[tuple[int, int, int, int]]:
         """Row, bands, height and grid row of each strip: several rows of blocks, or a slice of one where it is tall."""
-        most = max(1, strip // max(1, self.columns))
-        most -= most % _LINE if most > _LINE else 0
         for first, bands, height, grid_row in _runs(self.rows, self.height, self.down):
+            step = _lined(most if height > most else most // height)
             if height > most:
                 for band in range(bands):
-                    for row in range(0, height, most):
-                        yield first + band * height + row, 1, min(most, height - row), grid_row + band
+                    for row in range(0, height, step):
+                        yield first + band * height + row, 1, min(step, height - row), grid_row + band
             else:
-                step = max(1, most // height)
                 for band in range(0, bands, step):
                     yield first + band * height, min(step, bands - band), height, grid_row + band
 
-    def _columns_of_blocks(self, strip: int) -> Iterator[tuple[int, int, int, int]]:
+    def _columns_of_blocks(self, most: int) -> Iterator[tuple[int, int, int, int]]:
         """Column, groups, width and grid column of each span: blocks of one width, or columns of a wide one."""
         for first, groups, width, grid_column in _runs(self.columns, self.width, self.right):
-            if width > strip:
+            if width > most:
                 for group in range(groups):
-                    for column in range(0, width, strip):
-                        yield first + group * width + column, 1, min(strip, width - column), grid_column + group
+                    for column in range(0, width, most):
+                        yield first + group * width + column, 1, min(most, width - column), grid_column + group
             else:
-                step = strip // width
+                step = most // width
                 for group in range(0, groups, step):
                     yield first + group * width, min(step, groups - group), width, grid_column + group
 
@@ -144,3 +170,29 @@ def _runs(size: int, block: int, offset: int) -> Iterator[tuple[int, int, int, i
     ):
         if count and length:
             yield first, count, length, at
+
+
+def _lined(rows: int) -> int:
+    """So many rows, or fewer: whole lines of them, if there are any."""
+    return rows - rows % _LINE if rows > _LINE else rows
+
+
+def covering(tiles: list[Tile]) -> Tile:
+    """The blocks that a band's tiles lie in, as one tile of the grid."""
+    first, last = tiles[0], tiles[-1]
+    return first._replace(groups=last.grid_column + last.groups - first.grid_column)
+
+
+def strips(shape: tuple[int, ...], most: int = STRIP_ELEMENTS) -> Iterator[tuple[int | slice, ...]]:
+    """Indices of a tensor's elements in their order, some rows at a time, or parts of one that is long."""
+    if not shape:
+        yield ()
+        return
+    row = math.prod(shape[1:])
+    if row > most:
+        for place in range(shape[0]):
+            yield from ((place, *rest) for rest in strips(shape[1:], most))
+        return
+    step = most // max(1, row)
+    for start in range(0, shape[0], step):
+        yield (slice(start, start + step),)

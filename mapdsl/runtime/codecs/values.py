@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,11 +11,10 @@ from torch import Tensor
 from mapdsl.runtime.codecs.base import Codec, Encoded, Slice, unflatten_index
 from mapdsl.runtime.codecs.elements import MiniFloat, element_named
 from mapdsl.runtime.codecs.formats import DTYPE_BY_SPELLING, FLOAT_DTYPES, as_bits, dtype_name, exact_cast
-from mapdsl.runtime.codecs.kept import Kept, as_many_as_all, choose_kept
+from mapdsl.runtime.codecs.kept import Kept, as_many_as_all, one_after_another
 from mapdsl.runtime.codecs.storage import DTYPES, Storage
-from mapdsl.runtime.codecs.strided import contiguous, copy_strided
-from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS
-from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.codecs.strided import contiguous, contiguous_copy, copy_strided
+from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS, strips
 
 
 class OneToOne(Codec):
@@ -40,8 +38,8 @@ class OneToOne(Codec):
         stored = self.checked_parts(key, parts, of)["payload"]
         values = self.output(key, tuple(stored.shape), dtype, stored.device, out)
         if not values.is_meta:
-            for rows in _strips(stored):
-                copy_strided(values[rows], self.change(stored[rows], values.dtype))
+            for some in strips(tuple(stored.shape), STRIP_ELEMENTS):
+                copy_strided(values[some], self.change(stored[some], values.dtype))
         return values
 
     def stored_part(self, key: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -85,12 +83,14 @@ class Cast(OneToOne):
             self.check_kept(key, tensor, kept, tuple(tensor.shape))
         payload = self.memory(key, tuple(tensor.shape), self.dtype, tensor.device, out)
         narrows = torch.finfo(tensor.dtype).max > torch.finfo(self.dtype).max
-        for rows in _strips(tensor) if not tensor.is_meta else ():
-            stored = exact_cast(tensor[rows], self.dtype)
-            if narrows and (stored.isinf() & ~tensor[rows].isinf()).any():
-                overflows = exact_cast(tensor, self.dtype).isinf() & ~tensor.isinf()
-                refuse_where(self, key, tensor, overflows, f"overflows {dtype_name(self.dtype)}")
-            copy_strided(payload[rows], stored)
+        place = 0
+        for some in strips(tuple(tensor.shape), STRIP_ELEMENTS) if not tensor.is_meta else ():
+            stored = exact_cast(tensor[some], self.dtype)
+            if narrows:
+                wrong = stored.isinf() & ~tensor[some].isinf()
+                refuse_where(self, key, tensor, wrong, f"overflows {dtype_name(self.dtype)}", place)
+            copy_strided(payload[some], stored)
+            place += stored.numel()
         return Encoded({self.payload(key): payload})
 
 
@@ -102,54 +102,46 @@ class Reversible(OneToOne):
         """The stored values of logical ones, where the stored tensor had (or, written anew, is to have) a dtype."""
 
     @abstractmethod
-    def refuse(self, key: str, logical: Tensor) -> None:
-        """D403 where there is a value that cannot be stored."""
+    def cannot_store(self, logical: Tensor) -> tuple[Tensor, str]:
+        """A mask of the values that cannot be stored, and what they do: `overflows f8e4m3`."""
 
     def keep(self, key: str, parts: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Kept:
         """The stored elements that do not come back, or all of them if that is less."""
-        stored = self.stored_part(key, parts, dtype).contiguous()
-        where = [torch.empty(0, dtype=torch.int64, device=stored.device)]
-        if not stored.is_meta and stored.numel():
-            flat, left = stored.view(-1), as_many_as_all(stored)
-            for start in range(0, len(flat), STRIP_ELEMENTS):
-                strip = flat[start : start + STRIP_ELEMENTS]
+        stored = self.stored_part(key, parts, dtype)
+        found = [(stored.new_empty(0), torch.empty(0, dtype=torch.int64, device=stored.device))]
+        if not stored.is_meta:
+            place, left = 0, as_many_as_all(stored.numel(), stored.dtype)
+            for some in strips(tuple(stored.shape), STRIP_ELEMENTS):
+                strip = stored[some].reshape(-1)
                 again = self.undo(self.change(strip, dtype), stored.dtype)
-                where.append((as_bits(again) != as_bits(strip)).nonzero().flatten() + start)
-                left -= len(where[-1])
+                where = (as_bits(again) != as_bits(strip)).nonzero().flatten()
+                found.append((as_bits(strip)[where].view(strip.dtype), where + place))
+                place, left = place + len(strip), left - len(where)
                 if left <= 0:
-                    return Kept(self.name, dtype, tuple(stored.shape), *choose_kept(stored, None))
-        return Kept(self.name, dtype, tuple(stored.shape), *choose_kept(stored, torch.cat(where)))
+                    return Kept(self.name, dtype, tuple(stored.shape), contiguous_copy(stored), None)
+        return Kept(self.name, dtype, tuple(stored.shape), *one_after_another(found))
 
     def encode(self, key: str, tensor: Tensor, kept: Kept | None = None, *, out: Tensor | None = None) -> Encoded:
         """The inverse, in the dtype that was read, else in the tensor's; D403 where the change cannot give a value."""
-        tensor = contiguous(tensor.detach())
+        tensor = tensor.detach()
         self.check_working(key, tensor.dtype)
         if kept is not None:
             self.check_kept(key, tensor, kept, tuple(tensor.shape))
+            kept = kept.to(tensor.device).in_order()
         dtype = tensor.dtype if kept is None else kept.codes.dtype
         stored_dtype = self.undo(torch.empty(0, dtype=tensor.dtype, device="meta"), dtype).dtype
         payload = self.memory(key, tuple(tensor.shape), stored_dtype, tensor.device, out)
-        edited = 0
-        if not tensor.is_meta:
+        edited = place = 0
+        for some in strips(tuple(tensor.shape), STRIP_ELEMENTS) if not tensor.is_meta else ():
+            strip = contiguous(tensor[some]).view(-1)
+            refuse_where(self, key, tensor, *self.cannot_store(strip), place)
+            stored = self.undo(strip, dtype)
             if kept is not None:
-                kept = _in_order(kept.to(tensor.device))
-            values, target = tensor.view(-1), payload.view(-1)
-            for start in range(0, len(values), STRIP_ELEMENTS):
-                strip = values[start : start + STRIP_ELEMENTS]
-                self._refuse_in(key, tensor, strip)
-                stored = self.undo(strip, dtype)
-                if kept is not None:
-                    stored, count = self._restored(stored, strip, start, kept)
-                    edited += count
-                target[start : start + STRIP_ELEMENTS] = stored
+                stored, count = self._restored(stored, strip, place, kept)
+                edited += count
+            payload[some].copy_(stored.view(payload[some].shape))
+            place += len(strip)
         return Encoded({self.payload(key): payload}, edited)
-
-    def _refuse_in(self, key: str, tensor: Tensor, strip: Tensor) -> None:
-        """D403 as `refuse` has it, which names the place in the whole tensor."""
-        try:
-            self.refuse(key, strip)
-        except ConversionError:
-            self.refuse(key, tensor)
 
     def _restored(self, stored: Tensor, strip: Tensor, start: int, kept: Kept) -> tuple[Tensor, int]:
         """A strip's stored elements as they were kept, where those mean its values; and how many mean others."""
@@ -200,12 +192,11 @@ class NarrowCast(Reversible):
             return torch.empty_like(logical, dtype=self.element.dtype)
         return self.element.write(logical[..., None], self._one(logical), self.element.dtype)[..., 0]
 
-    def refuse(self, key: str, logical: Tensor) -> None:
+    def cannot_store(self, logical: Tensor) -> tuple[Tensor, str]:
         """What rounds to more than the largest code, and infinities that the format lacks."""
         sizes = logical.float().abs()
         beyond = sizes >= self.element.overflow if self.element.holds_inf else sizes > self.element.overflow
-        beyond = beyond & ~logical.isinf() | self.element.cannot_hold(logical)
-        refuse_where(self, key, logical, beyond, f"overflows {self.element.name}")
+        return beyond & ~logical.isinf() | self.element.cannot_hold(logical), f"overflows {self.element.name}"
 
     def _one(self, tensor: Tensor) -> Tensor:
         return torch.ones((), dtype=torch.float32, device=tensor.device)
@@ -234,9 +225,9 @@ class ValueChange(Reversible):
         """The inverse, rounded once."""
         return _around_nans(logical, exact_cast(self.inverse(logical), dtype))
 
-    def refuse(self, key: str, logical: Tensor) -> None:
+    def cannot_store(self, logical: Tensor) -> tuple[Tensor, str]:
         """Values that the change cannot give."""
-        refuse_where(self, key, logical, self.outside(logical), f"is nothing that {self.name} can give")
+        return self.outside(logical), f"is nothing that {self.name} can give"
 
 
 class Add(ValueChange):
@@ -277,30 +268,11 @@ class NegExp(ValueChange):
         return logical > 0
 
 
-def refuse_where(codec: Codec, key: str, tensor: Tensor, mask: Tensor, what: str) -> None:
-    """D403 naming the first element of a mask, if there is one."""
+def refuse_where(codec: Codec, key: str, tensor: Tensor, mask: Tensor, which: str, place: int) -> None:
+    """D403 naming the first element of a mask, if there is one; it is over the elements from a flat place on."""
     if mask.any():
-        place = int(mask.flatten().to(torch.uint8).argmax())
-        found = f"element {unflatten_index(place, tensor.shape)} is {tensor.flatten()[place].item()}"
-        raise ConversionError("D403", f"{codec.payload(key)}: {found}, which {what}")
-
-
-def _in_order(kept: Kept) -> Kept:
-    """The same with ascending positions: those of a side file may come in any order."""
-    if kept.where is None or bool((kept.where[1:] >= kept.where[:-1]).all()):
-        return kept
-    order = kept.where.argsort(stable=True)
-    return replace(kept, where=kept.where[order], codes=kept.codes[order])
-
-
-def _strips(tensor: Tensor) -> Iterator[slice | tuple[()]]:
-    """Some rows of a tensor at a time; a scalar is one."""
-    if not tensor.ndim:
-        yield ()
-        return
-    step = max(1, STRIP_ELEMENTS * len(tensor) // max(1, tensor.numel()))
-    for start in range(0, len(tensor), step):
-        yield slice(start, start + step)
+        place += int(mask.flatten().to(torch.uint8).argmax())
+        codec.refuse_value(key, tensor, unflatten_index(place, tensor.shape), which)
 
 
 def _around_nans(source: Tensor, result: Tensor) -> Tensor:
