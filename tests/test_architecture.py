@@ -38,6 +38,7 @@ ALLOWED = {
     },
     "runtime": {"runtime"},
     "checkpoint": {"language", "compiler", "emit", "checkpoint", "runtime", "map", "resources"},
+    "deepspeed": {"checkpoint", "deepspeed", "map", "runtime"},
     "testing": {"language", "compiler", "emit", "checkpoint", "runtime", "testing", "map", "resources"},
     "explain": {"language", "compiler", "checkpoint", "explain", "map", "resources", "runtime.sizes"},
 }

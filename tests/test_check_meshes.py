@@ -31,6 +31,8 @@ def codes(text: str) -> list[str]:
         ("mesh pp shards i\na.{i} [d] <-> b.{i} [d] where pp == 0\n", "N113: `pp` is a mesh, no number"),
         ("mesh tp shards L\na [L d] <-> b [pad(L, 2*rank(tp)) d]\n", "P455: all ranks pad to one size"),
         ("index k < L // size(tp)\nmesh tp shards f\na.{k} [f] <-> b.{k} [f]\n", "P455: `size` stands in guards and"),
+        ("mesh ep shards e, y\na.{e} [y d] <-> b [e y d]\n", "P452: `ep` cuts two axes of this tensor, `e` and `y`"),
+        ("mesh tp shards f, h\na [f h] <-> b\n", "P452: `tp` cuts two axes of this tensor, `f` and `h`"),
         ("mesh tp shards f\na <-> b\n", "X307: in a map with a mesh every tensor needs a shape"),
         ("mesh ep shards e\nr [e d] <-> q\na.{e} [d] <-> b.{e} [d]\n", "L708: `e` is cut here too, though nothing"),
     ],
@@ -45,6 +47,7 @@ def test_what_meshes_cannot_say(text: str, message: str) -> None:
         "mesh pp shards i\na.{i} [d] <-> b.{local i} [d] where rank(pp) == 0 and size(pp) > 1\n",
         "mesh tp shards L\na [L d] <-> b [pad(L, 2*size(tp)) d]\nmesh ep shards e\nc.{e} [d] <-> c [e d]\n",
         "mesh tp shards f\na [f] <-> b\nold.{..} -> _ else\n",
+        "mesh ep shards e\na.{e} [d f] <-> b.{e}\nexperts.weight [e f d] <-> experts.weight\n",
     ],
 )
 def test_what_meshes_can_say(text: str) -> None:

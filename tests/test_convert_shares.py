@@ -318,3 +318,37 @@ def test_an_inference_config_that_cannot_be_understood(tmp_path: Path, text: str
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "ds_inference_config.json").write_text(text)
     assert refused(tmp_path / "x", tmp_path / "y", MAP, ranks={}).startswith("C507")
+
+
+def test_files_of_the_layers_of_a_pipeline(made: Made, tmp_path: Path) -> None:
+    """`layer_03-model_01-model_states.pt`: one file a layer, as DeepSpeed's pipelines save them."""
+    text = "param h\nparam L\nindex i < L\nmesh tp shards h\n"
+    text += "h.{i}.v2.weight [d (h x)] <-> layer_{i+3}.v2.weight\nwte [s d] <-> layer_1.word_embeddings.weight\n"
+    map_ = map_of(text)
+    adapter = map_.adapter(None, h=8, L=4)
+    state = {f"layer_{i + 3}.v2.weight": drawn((5, 72)) for i in range(4)}
+    state["layer_1.word_embeddings.weight"] = drawn((3, 5))
+    (tmp_path / "pipe").mkdir()
+    for n, rank in enumerate(places(adapter, {"tp": 2})):
+        share = adapter.shard(state, {"tp": 2}, rank)
+        for layer in (1, 3, 4, 5, 6):
+            own = {k.partition(".")[2]: v for k, v in share.items() if k.startswith(f"layer_{layer}.")}
+            torch.save(own, tmp_path / "pipe" / f"layer_{layer:02d}-model_{n:02d}-model_states.pt")
+    convert_ranks(tmp_path / "pipe", tmp_path / "hf", map_, ranks={"tp": (2, 1)}, params={"h": 8, "L": 4})
+    assert_same(loaded(tmp_path / "hf"), adapter.to_hf(state))
+    (tmp_path / "pipe" / "layer_04-model_01-model_states.pt").unlink()
+    found = refused(tmp_path / "pipe", tmp_path / "x", map_, ranks={"tp": (2, 1)}, params={"h": 8, "L": 4})
+    assert "the file of layer 4 is there for other ranks than 1" in found
+
+
+def test_what_no_rank_is_to_hold_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "m.map"
+    file.write_text("map m: hf <-> native\nmesh pp shards s\na [s d] <-> a\nb [d] <-> b where size(pp) > 1\n")
+    (tmp_path / "two").mkdir()
+    for rank in range(2):
+        path = tmp_path / "two" / f"mp_rank_00_{rank:03d}" / "model_optim_rng.pt"
+        path.parent.mkdir()
+        torch.save({"model": {"a": drawn((2, 3)), "b": torch.ones(3)}}, path)
+    words = ["--map", str(file), "--to", "native", "--pp", "2:1"]
+    assert main(["convert", str(tmp_path / "two"), str(tmp_path / "x"), *words]) == 0
+    assert "dropped, as by the map no rank of the destination holds them: b" in capsys.readouterr().out

@@ -140,3 +140,8 @@ def test_what_is_padded_is_one_param(text: str) -> None:
     with pytest.raises(MapError) as caught:
         map_of(text).compile()
     assert {found.code for found in caught.value.diagnostics} == {"X304"}
+
+
+def test_a_constant_of_one_element() -> None:
+    adapter = map_of("param f\nz [f] <-> _ = 0\nx <-> y\n").adapter({"f": 1})
+    assert set(adapter.read({"z": torch.zeros(1), "x": ZEROS(1)})) == {"y"}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mapdsl.language.diagnostics import MapError
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.resharding import places
 from tests.helpers.execution import map_of
@@ -282,7 +283,74 @@ def test_states_and_ranks_that_do_not_go_together(plain: Any) -> None:
         plain.shard(state_of(plain), {"tp": 2}, {"tp": 0}, side="left")
 
 
+def test_a_rank_without_experts_has_no_stack_of_them() -> None:
+    """What has no elements is on neither side; of padding there is an empty tensor, which tells the other axes."""
+    text = "param E\nparam V\nindex e < E\nmesh ep shards e unevenly, V\n"
+    text += "w.{e} [f d] <-> w [e f d]\nt [V d] <-> t [pad(V, size(ep)) d]\n"
+    adapter = map_of(text).adapter(None, E=2, V=2)
+    left = {"w.0": drawn((2, 5)), "w.1": drawn((2, 5)), "t": drawn((2, 5))}
+    ranks = {"ep": 3}
+    for side, state in (("hf", left), ("native", adapter.from_hf(left))):
+        shares = [adapter.shard(state, ranks, rank, side=side) for rank in places(adapter, ranks)]
+        assert [len(share) for share in shares] == [2, 2, 1]
+        assert_same(adapter.merge(shares, ranks, side=side), state)
+    last = adapter.at(ranks, {"ep": 2})
+    assert_same(last.from_hf(adapter.shard(left, ranks, {"ep": 2}, side="hf")), shares[2])
+
+
 def test_copies_of_an_axis_that_no_config_tells() -> None:
     adapter = map_of("mesh tp shards g or copies\nk [g d] <-> k\n").adapter(None)
     with pytest.raises(ConversionError, match="X304.*nothing tells the size of `g`.*declare it"):
         adapter.merge([{"k": drawn((1, 2))}] * 2, {"tp": 2})
+
+
+def test_what_a_wildcard_carries_is_on_every_rank() -> None:
+    """Names that only a state tells of: what one rank has and another lacks is noticed, cut or whole."""
+    text = "mesh tp shards f\n{..}.w [f d] <-> {..}.w else\n{..}.n [d] <-> {..}.n else\n"
+    adapter = map_of(text).adapter(None)
+    state = {"a.w": drawn((4, 3)), "b.c.n": drawn((3,))}
+    shares = [adapter.shard(state, {"tp": 2}, {"tp": rank}) for rank in range(2)]
+    assert_same(adapter.merge(shares, {"tp": 2}), state)
+    for name, rank in itertools.product(state, range(2)):
+        lacking = [{n: t for n, t in share.items() if (n, r) != (name, rank)} for r, share in enumerate(shares)]
+        with pytest.raises(ConversionError, match=f"R605.*{name} .*missing"):
+            adapter.merge(lacking, {"tp": 2})
+
+
+# --- values that ranks share ---
+
+SHARED = "mesh tp shards h\nparam h\nw [d (h c)] <-> w\nb [d] <-> b [d] as partial(tp)\n"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_bias_that_each_rank_has_a_share_of(dtype: torch.dtype, ranks: int) -> None:
+    """Powers of two divide exactly, but for the smallest numbers; the dtype stays."""
+    adapter = map_of(SHARED).adapter(None, h=4)
+    bias = torch.tensor([1.5, -0.0, float("inf"), float("nan"), -3.0], dtype=dtype)
+    left = {"w": drawn((5, 8), dtype), "b": bias}
+    right = adapter.from_hf(left)
+    assert_same(right, left)
+    shares = [adapter.shard(right, {"tp": ranks}, {"tp": rank}) for rank in range(ranks)]
+    for rank, share in enumerate(shares):
+        assert share["b"].dtype == dtype
+        assert torch.equal(share["b"][[0, 1, 2, 4]], (bias / ranks)[[0, 1, 2, 4]])
+        one = adapter.at({"tp": ranks}, {"tp": rank})
+        mine = adapter.shard(left, {"tp": ranks}, {"tp": rank}, side="hf")
+        assert_same(mine, {**mine, "b": bias})
+        assert_same(one.from_hf(mine), share)
+        assert_same(one.to_hf(share), mine)
+    assert_same(adapter.merge(shares, {"tp": ranks}), right)
+    assert_same(
+        adapter.reshard(shares, {"tp": ranks}, {"tp": 4}, {"tp": 3}), adapter.shard(right, {"tp": 4}, {"tp": 3})
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("partial(ep)", "N113"), ("partial(2)", "N113"), ("partial", "N113"), ("partial(tp)|raw", "D407")],
+)
+def test_what_is_partial_is_over_a_mesh(text: str, code: str) -> None:
+    with pytest.raises(MapError) as caught:
+        _ = map_of(SHARED.replace("partial(tp)", text)).checked
+    assert {one.code for one in caught.value.diagnostics} == {code}

@@ -45,7 +45,10 @@ UNCHANGED = "map unchanged: before <-> after\n{..} <-> {..} else\n"
 
 @dataclass(frozen=True)
 class RanksConversion:
-    """What a conversion between ranks did: one `Conversion` a rank of the output, in the order of their folders."""
+    """What a conversion between ranks did: one `Conversion` a rank of the output, in the order of their folders.
+
+    `dropped` are tensors of the source, as a whole state calls them, that by the map no rank of the output holds.
+    """
 
     source: Path
     destination: Path
@@ -54,6 +57,7 @@ class RanksConversion:
     source_ranks: Mapping[str, int]
     target_ranks: Mapping[str, int]
     shares: tuple[Conversion, ...]
+    dropped: tuple[str, ...] = ()
     seconds: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
@@ -107,7 +111,8 @@ def convert_ranks(
         shares = _written(moving, destination, after, files_of, options)
     sides = moving.side, moving.target
     seconds = time.monotonic() - started
-    return RanksConversion(files.path, destination, *sides, dict(files.ranks), after, tuple(shares), seconds)
+    counts = dict(files.ranks), after
+    return RanksConversion(files.path, destination, *sides, *counts, tuple(shares), moving.dropped(), seconds)
 
 
 def _request(files: RankFiles, map_: Any, options: Mapping[str, Any]) -> Request:
@@ -214,6 +219,10 @@ class _Moving:
         folders = [os.path.relpath(one.folder, first.folder) for one in self._checkpoints]
         files = [os.path.join(f, name) for f, one in zip(folders, self._checkpoints, strict=True) for name in one.files]
         return replace(first, kind="shares", tensors=tensors, metadata={}, files=tuple(files), shares=shares)
+
+    def dropped(self) -> tuple[str, ...]:
+        """The tensors of the source that no rank of the destination is to hold, when all were asked for."""
+        return tuple(self._resharding.dropped())
 
     def done(self, share: Checkpoint, folder: Path) -> Conversion:
         """The share of a rank that an earlier run has written."""

@@ -301,7 +301,8 @@ def at_place(adapter: Adapter, place: Place) -> Adapter:
     """The adapter of one rank; ConversionError, N113, where the map has no mesh."""
     if not isinstance(adapter, ShardedAdapter):
         raise ConversionError("N113", f"the map `{adapter.MAP}` has no mesh, so nothing says how it is cut over ranks")
-    return adapter.at(*place)
+    one: Adapter = adapter.at(*place)
+    return one
 
 
 def _restore_layout(plan: Plan, side: SideFile) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mapdsl.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_files
@@ -28,6 +28,8 @@ Ranks = Mapping[str, int]
 # Megatron's `mp_rank_01/model_optim_rng.pt`, `mp_rank_01_000_003/...`: tensor, pipeline and expert parallel rank.
 # DeepSpeed's `mp_rank_01_model_states.pt`.
 _MEGATRON = re.compile(r"mp_rank_(?P<tp>\d{2,})(?:_(?P<pp>\d{3,}))?(?:_(?P<ep>\d{3,}))?(?P<rest>_model_states\.pt)?")
+# DeepSpeed's pipelines: `layer_03-model_01-model_states.pt`, a file for each layer and tensor parallel rank.
+_LAYER = re.compile(r"layer_(?P<layer>\d{2,})-model_(?P<tp>\d{2,})-model_states\.pt")
 _INSIDE = ("model_optim_rng.pt", "model_rng.pt")
 
 
@@ -55,7 +57,8 @@ def is_cut(path: str | os.PathLike[str]) -> bool:
     folder = Path(path)
     if not folder.is_dir():
         return False
-    return any((folder / name).exists() for name in (RANKS_FILE, INFERENCE_CONFIG)) or any(_megatron_files(folder))
+    has_list = any((folder / name).exists() for name in (RANKS_FILE, INFERENCE_CONFIG))
+    return has_list or any(_megatron_files(folder)) or bool(_layer_files(folder))
 
 
 def open_rank_files(path: str | os.PathLike[str], asked: Ranks) -> RankFiles:
@@ -69,6 +72,8 @@ def open_rank_files(path: str | os.PathLike[str], asked: Ranks) -> RankFiles:
         found = _listed(folder)
     elif folder.is_dir() and (folder / INFERENCE_CONFIG).exists():
         found = _of_inference(folder)
+    elif folder.is_dir() and (layers := _layer_files(folder)):
+        found = _of_layers(folder, layers)
     elif folder.is_dir() and (named := dict(_megatron_files(folder))):
         found = _named(folder, named)
     else:
@@ -129,7 +134,35 @@ def _of_inference(folder: Path) -> RankFiles:
         raise bad_file(file, f"{len(divided)} files are not those of {count!r:.20} ranks")
     shares = [[*common, *divided[rank::count]] for rank in range(count)]
     checkpoints = (with_tensors(open_files([folder / name for name in names])) for names in shares)
-    return RankFiles(folder, {"tp": count}, tuple(checkpoints))
+    return RankFiles(folder, {"tp": count} if count > 1 else {}, tuple(checkpoints))
+
+
+def _layer_files(folder: Path) -> dict[int, dict[int, Path]]:
+    """Files of the layers of a pipeline, by tensor parallel rank and layer."""
+    found: dict[int, dict[int, Path]] = {}
+    for name in sorted(os.listdir(folder)):
+        if (matched := _LAYER.fullmatch(name)) is not None:
+            found.setdefault(int(matched["tp"]), {})[int(matched["layer"])] = folder / name
+    return found
+
+
+def _of_layers(folder: Path, layers: Mapping[int, Mapping[int, Path]]) -> RankFiles:
+    """The ranks of a pipeline's files: what stands in `layer_03-...` is called `layer_3.` and its name there."""
+    checkpoints = []
+    first = layers.get(0, {})
+    for rank in range(max(layers) + 1):
+        files = layers.get(rank, {})
+        if lacking := sorted(first.keys() ^ files.keys()):
+            message = f"the file of layer {lacking[0]} is there for other ranks than {rank}, or for this one alone"
+            raise bad_file(folder, message, "files of all layers and ranks belong together")
+        opened = {layer: open_files([path]) for layer, path in files.items()}
+        tensors = {f"layer_{n}.{name}": stored for n, one in opened.items() for name, stored in one.tensors.items()}
+        one = next(iter(opened.values()))
+        left_out = tuple(dict.fromkeys(key for found in opened.values() for key in found.left_out))
+        names = tuple(path.name for path in files.values())
+        checkpoints.append(with_tensors(replace(one, tensors=tensors, files=names, left_out=left_out)))
+    ranks = {"tp": len(checkpoints)} if len(checkpoints) > 1 else {}
+    return RankFiles(folder, ranks, tuple(checkpoints))
 
 
 def _named(folder: Path, named: Mapping[tuple[int, ...], Path]) -> RankFiles:
@@ -137,7 +170,7 @@ def _named(folder: Path, named: Mapping[tuple[int, ...], Path]) -> RankFiles:
     counts = [max(place[n] for place in named) + 1 for n in range(len(meshes))]
     if math.prod(counts) > MAX_RANKS:
         raise bad_file(folder, f"its files are those of {math.prod(counts):,} ranks")
-    ranks = {mesh: count for mesh, count in zip(meshes, counts, strict=True) if count > 1 or mesh == "tp"}
+    ranks = {mesh: count for mesh, count in zip(meshes, counts, strict=True) if count > 1}
     found = []
     for rank in all_ranks(ranks):
         place = tuple(rank.get(mesh, 0) for mesh in meshes)

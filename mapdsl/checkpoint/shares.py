@@ -60,7 +60,8 @@ class ShareReader:
     def pieces(self, name: str) -> Pieces | None:
         """A tensor that is still to be put together, where it goes out as it is; None of one that lies in one piece."""
         made = self.shares.made[name]
-        if self.shares.place is not None or made.value is not None or len(made.sources) < 2 or not made.shape:
+        is_made = made.value is not None or made.scale[0] != made.scale[1] or not made.shape
+        if self.shares.place is not None or is_made or len(made.sources) < 2:
             return None
         rank, like = made.like
         dtype = torch_dtype(self.states[rank].checkpoint.tensors[like].dtype)

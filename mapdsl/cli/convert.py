@@ -116,6 +116,8 @@ def ranks_story(done: RanksConversion) -> list[str]:
     lines.append(f"  {read} read, {written} written, in {done.seconds:.1f} s")
     if kept := sum(share.was_complete for share in done.shares):
         lines.append(f"  {kept} of {len(done.shares)} shares were complete")
+    if done.dropped:
+        lines.append(f"  dropped, as by the map no rank of the destination holds them: {_some(done.dropped)}")
     if len(done.shares) == 1:
         return lines + _verified_lines(done.shares[0])
     verified = [share.verified for share in done.shares if share.verified is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mapdsl.compiler import ir
 from mapdsl.compiler.accepts import check_accepts
@@ -104,35 +104,44 @@ class _Checker:
     # --- single rules ---
 
     def _rules(self, codecs: dict[str, AnyCodec]) -> list[Layout]:
-        layouts = []
+        layouts, kept = [], []
         for rule in self.map.rules:
             try:
                 found = layout(rule, self.map.indices)
             except ShapeError as err:
                 self.found.append(Diagnostic(err.code, err.message, (err.span,), help=err.help))
                 continue
+            if rule.included and self._never_holds(rule, found):
+                continue  # a variant that the including map decides against, by a param or a guard
             layouts.append(found)
+            kept.append(rule)
             self.found += check_sizes(rule, found, self.map)
             self.found += check_fit(rule, found, codecs)
             self._guard(rule, found)
             self._wildcards(rule)
             self._open_ranges(rule)
+        self.map = replace(self.map, rules=tuple(kept))
         return layouts
 
     def _guard(self, rule: ir.Rule, found: Layout) -> None:
         """K210: a guard chooses whole matches, so it cannot speak of an axis that a match absorbs. K208: never true."""
         if rule.guard is None:
             return
-        absorbed = [n for n in ir.names_in(rule.guard) if n in self.map.indices and n not in found.matched]
-        if absorbed:
+        if absorbed := self._absorbed(rule.guard, found):
             hint = "a guard speaks of indices that stand in the names of both sides"
             message = f"the guard mentions `{absorbed[0]}`, which the rule moves into a shape"
             self.found.append(Diagnostic("K210", message, (rule.guard.span,), help=hint))
-            return
-        used = [axis for axis in found.matched if axis in self.map.indices]
-        verdict = decide(self.scope, [rule.guard], used)
-        if verdict.status == "closed":
+        elif self._never_holds(rule, found):
             self.found.append(Diagnostic("K208", "this guard holds for no config", (rule.guard.span,)))
+
+    def _absorbed(self, guard: tree.Expr, found: Layout) -> list[str]:
+        return [n for n in ir.names_in(guard) if n in self.map.indices and n not in found.matched]
+
+    def _never_holds(self, rule: ir.Rule, found: Layout) -> bool:
+        if rule.guard is None or self._absorbed(rule.guard, found):
+            return False
+        used = [axis for axis in found.matched if axis in self.map.indices]
+        return decide(self.scope, [rule.guard], used).status == "closed"
 
     def _wildcards(self, rule: ir.Rule) -> None:
         sides = [[{a for a in name_axes(t.template, {}) if a[0] == "{"} for t in side] for side in rule.sides]

@@ -16,6 +16,7 @@ from mapdsl.compiler.shapes import name_axes
 from mapdsl.compiler.solvable import size_pattern
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic, MapError
+from mapdsl.runtime.shares import padded
 from mapdsl.runtime.sizes import PartialShape, either_shape, shape_of
 
 # More names than any checkpoint has: a config that promises them is broken, and listing them would only hang.
@@ -108,6 +109,7 @@ class Expansion:
     _templates: dict[int, list[Any]] = field(default_factory=dict, repr=False)
     _sized: dict[int, list[str]] = field(default_factory=dict, repr=False)
     _axes: dict[int, set[str]] = field(default_factory=dict, repr=False)
+    _padded: dict[str, int] = field(default_factory=dict, repr=False)
 
     @property
     def map(self) -> ir.Map:
@@ -182,6 +184,7 @@ class Expansion:
         rule = self.map.rules[match.rule]
         sizes = {name: enumeration.size for name, enumeration in rule.enumerations.items()}
         sizes |= {n: v for n, v in self.params.items() if isinstance(v, int) and not isinstance(v, bool)}
+        sizes |= self._padded
         for name in self._sized_indices(match.rule):
             lower, upper = self._bounds(name, match.values)
             sizes[name] = max(0, upper - lower)
@@ -235,7 +238,7 @@ class Expansion:
 
     def index_values(self, indices: list[str], values: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """Every combination of values of some indices, with the params; a bound may use an index before it."""
-        values = dict(self.params) if values is None else values
+        values = {**self.params, **alone(self.map)} if values is None else values
         if not indices:
             yield values
             return
@@ -296,8 +299,35 @@ class Expansion:
 
 
 def expand(checked: Checked, values: Mapping[str, Any]) -> Expansion:
-    """The expansion of a map under the values of its params (see `param_values`)."""
-    return Expansion(checked, values)
+    """The expansion of a map under the values of its params (see `param_values`), of a state that is whole."""
+    expansion = Expansion(checked, values)
+    expansion._padded.update(_padded_sizes(expansion))
+    return expansion
+
+
+def alone(resolved: ir.Map) -> dict[str, int]:
+    """What `size(tp)` and `rank(tp)` are, by their text, to a state that is whole."""
+    return {f"{what}({mesh.name})": number for mesh in resolved.meshes for what, number in (("size", 1), ("rank", 0))}
+
+
+def _padded_sizes(expansion: Expansion) -> dict[str, int]:
+    """The sizes of padded axes with their padding; MapError, C505, where they cannot be padded so."""
+    values = {**expansion.params, **alone(expansion.map)}
+    sizes: dict[str, int] = {}
+    for pad in pads_of(expansion.map):
+        size, multiple = values.get(pad.axis.name or ""), expansion.evaluate(pad.multiple, values)
+        if multiple < 1:
+            message = f"`{pad.axis.name}` cannot be padded to a multiple of {multiple}"
+            raise MapError([Diagnostic("C505", message, (pad.span,))])
+        if isinstance(size, int):
+            sizes[padded(pad.axis.name or "")] = -(-size // multiple) * multiple
+    return sizes
+
+
+def pads_of(resolved: ir.Map) -> Iterator[tree.Pad]:
+    """Every `pad(V, 128)` of a map."""
+    shapes = (t.shape for rule in resolved.rules for t in (*rule.left, *rule.right) if t.shape is not None)
+    return (one for shape in shapes for one in shape.dimensions if isinstance(one, tree.Pad))
 
 
 def _part(part: tree.Part) -> Any:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from mapdsl.compiler import ir
 from mapdsl.compiler.check import Checked
+from mapdsl.compiler.codecs import codec_key
 from mapdsl.compiler.formula import show
 from mapdsl.language import tree
+from mapdsl.runtime.codecs.storage import BlockStorage
 
 # A guard that speaks of large indices (`i < 61`) is not worth a model that large.
 LARGEST_REACH = 8
 _SMALLEST_REACH = 4
-_FLAGS = ("bounds_index", "is_size", "is_factor", "is_divided", "is_divisor", "measured", "distinct")
+_FLAGS = ("bounds_index", "is_size", "is_factor", "is_divided", "is_divisor", "is_cut", "measured", "distinct")
 _ORDER = ("<", "<=", ">", ">=")
 
 
@@ -23,8 +27,9 @@ class Field:
 
     `kind` is `int`, `bool`, `str`, `number`, `list`, or empty where nothing tells. `bounds_index` and `is_size` say
     what an integer does, `is_factor` that a size is made from it, `is_divided` and `is_divisor` where it stands by a
-    `//` there. `measured` says that a list's length matters, `distinct` that no element may stand twice. `optional`
-    fields may be absent. `literals` are what the map compares with.
+    `//` there. `is_cut` says that ranks share it, and `multiple` of what each share should be one, as blocks of formats
+    want it. `measured` says that a list's length matters, `distinct` that no element may stand twice. `optional` fields
+    may be absent. `literals` are what the map compares with.
     """
 
     path: str
@@ -34,6 +39,8 @@ class Field:
     is_factor: bool = False
     is_divided: bool = False
     is_divisor: bool = False
+    is_cut: bool = False
+    multiple: int = 1
     optional: bool = False
     measured: bool = False
     distinct: bool = False
@@ -63,6 +70,7 @@ class Field:
         self.kind = self.kind or other.kind
         for flag in _FLAGS:
             setattr(self, flag, getattr(self, flag) or getattr(other, flag))
+        self.multiple = math.lcm(self.multiple, other.multiple)
         for literal in other.literals:
             self.note(literal)
         if other.element is not None:
@@ -82,6 +90,38 @@ class Fields:
 def fields_of(checked: Checked) -> Fields:
     """What the map of `checked` asks of a config."""
     return _Reader(checked).run()
+
+
+def block_multiples(checked: Checked) -> dict[str, int]:
+    """Of what the shares of an axis are multiples so that no share ends within a block of a format, by axis."""
+    found: dict[str, int] = {}
+    for rule, layout in zip(checked.map.rules, checked.layouts, strict=True):
+        for tensors, shapes in zip(rule.sides, layout.shapes, strict=True):
+            for tensor, shape in zip(tensors, shapes, strict=True):
+                last = shape.dimensions[-2:] if shape is not None else ()
+                for codec in (checked.codecs[codec_key(spec)] for spec in tensor.codecs):
+                    blocks = codec.block if isinstance(codec, BlockStorage) else (1, 1)
+                    for place, dimension in enumerate(last, 2 - len(last)):
+                        wanted = math.lcm(blocks[place] or 1, codec.per if place == 1 else 1)
+                        for axis, multiple in _innermost(dimension, wanted):
+                            found[axis] = math.lcm(found.get(axis, 1), multiple)
+    return found
+
+
+def _innermost(part: tree.Dimension | tree.Product, wanted: int) -> Iterator[tuple[str, int]]:
+    """The axes whose positions lie next to each other in a dimension, and of what their sizes are to be multiples."""
+    match part:
+        case tree.Axis(name=str(name)) | tree.Pad(axis=tree.Axis(name=str(name))):
+            yield name, wanted
+        case tree.Sum(terms=terms):
+            for term in terms:
+                yield from _innermost(term, wanted)
+        case tree.Product(factors=factors):
+            for factor in reversed(factors):
+                if not isinstance(factor, tree.Axis) or factor.size is None:
+                    yield from _innermost(factor, wanted)
+                    return
+                wanted //= math.gcd(wanted, factor.size)
 
 
 class _Reader:
@@ -106,6 +146,7 @@ class _Reader:
             for bound in (index.lower, index.upper):
                 if bound is not None:
                     self._integer(bound, bounds=True)
+        self._cut_axes()
         # A definition mentions params before it only, so backwards every use is met before the definition.
         for param in reversed(self.map.params.values()):
             own_field = isinstance(param.value, tree.Name) and param.value.path == param.name
@@ -124,6 +165,18 @@ class _Reader:
         return self.names.setdefault(path, Field(path))
 
     # --- where expressions stand ---
+
+    def _cut_axes(self) -> None:
+        """Params, and ends of indices, that are axes which meshes cut."""
+        multiples = block_multiples(self.checked)
+        for name in (axis.name for mesh in self.map.meshes for axis in mesh.axes):
+            index = self.map.indices.get(name)
+            size = None if index is None or index.upper is None else self._target(index.upper)
+            if name in self.map.params:
+                size = self._field(name)
+            if size is not None:
+                size.of_kind("int").is_cut = True
+                size.multiple = math.lcm(size.multiple, multiples.get(name, 1))
 
     def _rule(self, rule: ir.Rule) -> None:
         for side in rule.sides:

@@ -131,7 +131,8 @@ def _with_own_names(
 ) -> tree.File:
     """The included file with clashing names changed, `config` moved and params bound as the include says."""
     declared = [s for s in file.statements if isinstance(s, _DECLARED)]
-    new_names = {s.name: _free_name(s.name, taken) for s in declared}
+    # A mesh is of the ranks, not of a map: one that both declare is the same, and cuts the axes of both.
+    new_names = {s.name: _free_name(s.name, taken) for s in declared if not isinstance(s, tree.Mesh)}
     bindings = {binding.name: binding for binding in include.bindings}
     config = bindings.pop("config", None)
     prefix = ""
@@ -175,7 +176,7 @@ def _renamed(
     result = rewrite(statement, change)
     if isinstance(result, _DECLARED):
         binding = bindings.get(result.name)
-        result = replace(result, name=new_names[result.name])
+        result = replace(result, name=new_names.get(result.name, result.name))
         if binding is not None and isinstance(result, tree.Param):
             # The bound expression speaks of the including map's names, so it replaces the renamed one whole.
             result = replace(result, value=binding.value)

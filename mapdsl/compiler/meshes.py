@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from mapdsl.compiler import ir
-from mapdsl.compiler.shapes import Layout
+from mapdsl.compiler.shapes import Layout, name_axes, pieces_of
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic
 
@@ -21,6 +22,8 @@ def check_meshes(resolved: ir.Map, layouts: Sequence[Layout]) -> Iterator[Diagno
     yield from _not_cut(resolved)
     yield from _local_holes(resolved)
     yield from _calls(resolved)
+    yield from _partial(resolved)
+    yield from _cut_both_ways(resolved, layouts)
     if resolved.meshes:
         yield from _without_shape(resolved, layouts)
 
@@ -33,6 +36,22 @@ def _cut_twice(resolved: ir.Map) -> Iterator[Diagnostic]:
                 message = f"the axis `{axis.name}` is cut over two mesh dimensions"
                 yield Diagnostic("P452", message, (axis.span, seen[axis.name].span))
             seen.setdefault(axis.name, axis)
+
+
+def _cut_both_ways(resolved: ir.Map, layouts: Sequence[Layout]) -> Iterator[Diagnostic]:
+    """P452 for a piece of which one mesh cuts two axes: of what is in both no rank would hold all shares."""
+    of = {axis.name: mesh.name for mesh in resolved.meshes for axis in mesh.axes}
+    for rule, layout in zip(resolved.rules, layouts, strict=True):
+        for side, shapes in zip(rule.sides, layout.shapes, strict=True):
+            for tensor, shape in zip(side, shapes, strict=True):
+                named = [name for name in name_axes(tensor.template, resolved.indices) if name in of]
+                for axes in pieces_of(tensor, shape):
+                    cut = sorted({name for name in (*named, *axes) if name in of})
+                    for one, other in itertools.combinations(cut, 2):
+                        if of[one] == of[other]:
+                            message = f"`{of[one]}` cuts two axes of this tensor, `{one}` and `{other}`"
+                            advice = "a rank would hold no part of most of it: cut one of them, or over another mesh"
+                            yield Diagnostic("P452", message, (tensor.span,), help=advice)
 
 
 def _not_cut(resolved: ir.Map) -> Iterator[Diagnostic]:
@@ -91,6 +110,18 @@ def _calls(resolved: ir.Map) -> Iterator[Diagnostic]:
         yield Diagnostic("N113", message, (name.span,), help=f"`size({name.path})` is its number of ranks")
 
 
+def _partial(resolved: ir.Map) -> Iterator[Diagnostic]:
+    """`as partial(tp)` stands alone, and for a mesh: nothing tells a share of a value from the value."""
+    meshes = {mesh.name for mesh in resolved.meshes}
+    for tensor in _tensors(resolved):
+        for codec in (one for one in tensor.codecs if one.name == "partial"):
+            if tuple(argument.value for argument in codec.arguments) not in {((mesh,),) for mesh in meshes}:
+                yield Diagnostic("N113", "`partial` takes a mesh of the map: `partial(tp)`", (tensor.span,))
+            elif len(tensor.codecs) > 1:
+                message = "nothing tells a share of a value from the value: `partial` is no alternative"
+                yield Diagnostic("D407", message, (tensor.span,), help="leave out the others")
+
+
 def _without_shape(resolved: ir.Map, layouts: Sequence[Layout]) -> Iterator[Diagnostic]:
     for rule, layout in zip(resolved.rules, layouts, strict=True):
         shapes = [shape for side in layout.shapes for shape in side]
@@ -100,12 +131,17 @@ def _without_shape(resolved: ir.Map, layouts: Sequence[Layout]) -> Iterator[Diag
 
 
 def cut_routers(resolved: ir.Map, layouts: Sequence[Layout]) -> Iterator[Diagnostic]:
-    """L708 for an index of names, of experts say, that is cut in a shape of both sides: every rank needs all of it."""
+    """L708 for an index of names, of experts say, that is cut in a shape of both sides: every rank needs all of it.
+
+    A stack of matrices on both sides is none of a router's.
+    """
     cut = {axis.name for mesh in resolved.meshes for axis in mesh.axes} & set(resolved.indices)
     for rule, layout in zip(resolved.rules, layouts, strict=True):
         named = {*layout.matched, *layout.in_names[0], *layout.in_names[1]}
         for name in sorted(cut - named):
             shapes = [[shape for shape in side if shape is not None] for side in layout.shapes]
+            if any(len(shape.dimensions) > 2 for side in shapes for shape in side):
+                continue
             if all(any(axis.name == name for shape in side for axis in ir.axes_of(shape)) for side in shapes):
                 message = f"`{name}` is cut here too, though nothing is stacked: is this a router, whole on every rank?"
                 advice = "then give its axis a name of its own, `[x d]`"

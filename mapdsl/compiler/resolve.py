@@ -13,7 +13,7 @@ from mapdsl.language.diagnostics import Diagnostic, MapError, has_errors
 from mapdsl.language.source import Span
 
 # Codecs that need no declaration: a cast to a dtype, a change of value, and "as it is".
-BUILT_IN = {"raw": "raw", "add": "add", "neg_exp": "neg_exp", **dict.fromkeys(CASTS, "cast")}
+BUILT_IN = {"raw": "raw", "partial": "raw", "add": "add", "neg_exp": "neg_exp", **dict.fromkeys(CASTS, "cast")}
 KINDS = ir.QUANTISED
 GENERATORS = ("inv_freq",)
 
@@ -79,7 +79,7 @@ class Resolver:
         for statement, _ in statements:
             if not isinstance(statement, (tree.Param, tree.Index, tree.Codec)):
                 if isinstance(statement, tree.Mesh):
-                    self.scope.meshes.append(statement)
+                    self._join(statement)
                 continue
             name = statement.name
             kind = "codec " if isinstance(statement, tree.Codec) else ""
@@ -98,6 +98,16 @@ class Resolver:
         for codec in self.scope.codecs.values():
             if codec.kind not in KINDS:
                 self.report("N113", f"no codec kind `{codec.kind}`", codec.span, help=f"kinds: {', '.join(KINDS)}")
+
+    def _join(self, mesh: tree.Mesh) -> None:
+        """Declare a mesh; one that an include declares too cuts the axes of both."""
+        meshes = self.scope.meshes
+        for place, other in enumerate(meshes):
+            if other.name == mesh.name:
+                more = tuple(axis for axis in mesh.axes if axis not in other.axes)
+                meshes[place] = replace(other, axes=other.axes + more)
+                return
+        meshes.append(mesh)
 
     def _check_order(self) -> None:
         """Params and index bounds may use only what stands before them, so that none depends on itself."""

@@ -169,6 +169,11 @@ def _shapes(rule: ir.Rule, moves: bool) -> Shapes | None:
     )
 
 
+def pieces_of(tensor: ir.Tensor, shape: tree.Shape | None) -> list[tuple[str, ...]]:
+    """The axes in the shape of each piece of a tensor."""
+    return [piece.axes for piece in _pieces((tensor,), (shape,))] if shape is not None else [()]
+
+
 def _pieces(tensors: tuple[ir.Tensor, ...], shapes: tuple[tree.Shape, ...]) -> list[Piece]:
     out = []
     for number, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from mapdsl.compiler import ir
-from mapdsl.compiler.expand import Expansion, Match
+from mapdsl.compiler.expand import Expansion, Match, pads_of
 from mapdsl.compiler.shapes import name_axes
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic, error
@@ -177,7 +177,10 @@ class Sharding:
 
     def _of_tensor(self, tensor: ir.Tensor, shape: tree.Shape, sizes: Mapping[str, int]) -> Iterator[Diagnostic]:
         cut = self._cut_axes(*shape.dimensions)
-        undivided = [name for name in cut if name in sizes and self._of_axis(name, sizes, {}) is None]
+        # A padded axis is rounded up before it is cut, and ranks are what it is rounded up for.
+        padded = {pad.axis.name for pad in pads_of(self.expansion.map)}
+        counted = [name for name in cut if name in sizes and name not in padded]
+        undivided = [name for name in counted if self._of_axis(name, sizes, {}) is None]
         for name in undivided:
             yield self._uneven(name, sizes[name], tensor.span)
         if not undivided and cut:

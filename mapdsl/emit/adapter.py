@@ -48,6 +48,7 @@ class _AdapterEmitter:
         to_right, to_left = self._direction(LEFT), self._direction(RIGHT)
         params, accepts = params_code(self.context), accept_code(self.context)
         held = self.context.held
+        has_keys = (left, right) != ("left", "right")
         base = "ShardedAdapter" if held.is_needed else "Adapter"
         codecs = self._codec_lines()
         body = "\n".join([*codecs, *params, *accepts, *to_right, *to_left])
@@ -69,7 +70,7 @@ class _AdapterEmitter:
                 digest=hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16],
                 command=self.command,
                 has_unflatten=".unflatten(" in body,
-                imports="\n".join(_imports(body, base, has_keys=(left, right) != ("left", "right"))),
+                imports="\n".join(_imports(body, base, has_keys=has_keys, has_meshes=bool(self.map.meshes))),
                 codecs=codecs,
                 class_name=class_name(self.map.name),
                 base=base,
@@ -132,7 +133,7 @@ def _signature(name: str, parameters: str, result: str) -> str:
     return "\n".join(lines(Bracketed(name, items), 1, before="def ", after=f" -> {result}:"))
 
 
-def _imports(body: str, base: str, *, has_keys: bool) -> list[str]:
+def _imports(body: str, base: str, *, has_keys: bool, has_meshes: bool) -> list[str]:
     """Import lines for what the body uses, sorted as linters want them."""
     wanted = {
         "mapdsl.runtime.adapter": {"Tensor"} | ({"Keys"} if has_keys else set()),
@@ -141,6 +142,8 @@ def _imports(body: str, base: str, *, has_keys: bool) -> list[str]:
         "mapdsl.runtime.take": {"Take"},
     }
     wanted.setdefault(_BASES[base], set()).add(base)
+    if has_meshes:
+        wanted["mapdsl.runtime.place"] = {"Meshes"}
     code = re.sub(r"^\s*#.*$", "", body, flags=re.MULTILINE)
     for module, names in USED.items():
         used = {name for name in names if re.search(rf"(?<![\w.\"]){name}(?!\w)", code)}

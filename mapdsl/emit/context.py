@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mapdsl.compiler import ir
+from mapdsl.emit.expressions import quoted
 from mapdsl.emit.ranks import Held
 from mapdsl.emit.reserved import attribute, fresh, local
 from mapdsl.language import tree
@@ -36,6 +37,8 @@ class Context:
         """The constant of a tensor's alternatives; None where it is stored as it is."""
         if not codecs:
             return None
+        if codecs[0].name == "partial":  # how much a rank stores is known when there are ranks
+            return f"self.partial({quoted(str(codecs[0].arguments[0].value[0]))})"  # type: ignore[index]
         names = tuple(codec_name(codec) for codec in codecs)
         if names not in self.alternatives:
             words = [self.constant(codec) for codec in codecs]

@@ -138,8 +138,18 @@ def wildcard(name: str, spelled: Spellings) -> str:
 
 def product(factors: list[str]) -> str:
     """Sizes multiplied: `2 * f`."""
-    wrapped = [f"({f})" if " + " in f or " - " in f else f for f in factors if f != "1"]
+    wrapped = [f"({f})" if (" + " in f or " - " in f) and not _is_wrapped(f) else f for f in factors if f != "1"]
     return " * ".join(wrapped) or "1"
+
+
+def _is_wrapped(code: str) -> bool:
+    """Whether one pair of parentheses is around all of it."""
+    depth = 0
+    for place, letter in enumerate(code):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return place == len(code) - 1
+    return False
 
 
 __all__ = [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mapdsl.compiler import ir
 from mapdsl.compiler.sharding import how
 from mapdsl.emit.expressions import Params, counted_from, local, python, quoted
-from mapdsl.emit.layout import INDENT, call, lines
+from mapdsl.emit.layout import INDENT, Code, call, lines
 from mapdsl.emit.reserved import ADAPTER_NAMES
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import error
@@ -21,7 +21,7 @@ class Property:
 
     name: str
     text: str
-    value: str
+    value: Code
 
     def lines(self, result: str) -> list[str]:
         """Its definition."""
@@ -70,7 +70,7 @@ class Held:
             items = [f"{quoted(axis)}: {quoted(word)}" for axis, word in axes.items()]
             out += lines(call("", *items), 2, before=f"{quoted(mesh.name)}: ", after=",")
         inner = (line.replace("(", "{").replace(")", "}") for line in out)
-        return [f"{INDENT}MESHES = {{", *inner, f"{INDENT}}}"]
+        return [f"{INDENT}MESHES: ClassVar[Meshes] = {{", *inner, f"{INDENT}}}"]
 
     def lines(self) -> list[str]:
         """All properties."""
@@ -82,14 +82,14 @@ class Held:
 
     def _add(self, name: str) -> None:
         everything = self._range(name)
-        value = f"self.held({quoted(name)}, {everything})"
+        value = call("self.held", quoted(name), everything)
         if name in self.pads:
-            value = f"self.unpadded({quoted(name)}, {self.code(padded(name))})"
+            value = call("self.unpadded", quoted(name), self.code(padded(name)))
         text = f"Positions of `{name}` that this rank holds."
         self.positions[name] = Property(self._fresh(f"held_{name}"), text, value)
         if name in _counted_locally(self.map):
             text = f"What names with `{{local {name}}}` count from."
-            value = f"self.counted_from({self.code(name)}, {everything})"
+            value = call("self.counted_from", self.code(name), everything)
             self.firsts[name] = Property(self._fresh(f"first_{name}"), text, value)
 
     def _range(self, name: str) -> str:
@@ -104,7 +104,7 @@ class Held:
         if name not in self.map.params:
             raise error("X304", f"`{name}` is padded, so it must be a param", self.pads[name].span)
         multiple = python(self.pads[name].multiple, self.attributes, outer=0)
-        value = f"self.held_padded({quoted(name)}, range(self.{self.attributes[name]}), {multiple})"
+        value = call("self.held_padded", quoted(name), f"range(self.{self.attributes[name]})", multiple)
         text = f"Positions of `{name}`, rounded up, that this rank holds."
         return Property(self._fresh(f"held_{padded(name)}"), text, value)
 

@@ -28,6 +28,7 @@ ADAPTER_NAMES = frozenset(
         "merge",
         "mesh_rank",
         "mesh_size",
+        "partial",
         "place",
         "read",
         "read_into",

@@ -21,12 +21,16 @@ from mapdsl.emit.layout import INDENT, WIDTH
 
 @dataclass
 class Module:
-    """One module: what it needs of the runtime, what it imports from elsewhere, its definitions, and the lines left."""
+    """One module: what it needs of the runtime, what it imports from elsewhere, its definitions, and the lines left.
+
+    `typed` are imports from elsewhere that only type checkers need.
+    """
 
     name: str
     title: str
     needs: list[str]
     imports: list[ast.Import | ast.ImportFrom]
+    typed: list[ast.ImportFrom]
     definitions: dict[str, ast.stmt]
     lines: Lines
 
@@ -49,6 +53,7 @@ def standalone_source(checked: Checked, command: str = "mapdsl compile --standal
             version=__version__,
             has_unflatten=".unflatten(" in adapter.code,
             imports=_import_lines([*modules, adapter]),
+            typed=sorted({ast.unparse(node) for module in modules for node in module.typed}),
             modules=modules,
             adapter=adapter.code,
         )
@@ -80,6 +85,7 @@ def _module(name: str, source: str) -> Module:
     title = ast.get_docstring(parsed, clean=False) or ""
     needs: list[str] = []
     imports: list[ast.Import | ast.ImportFrom] = []
+    typed: list[ast.ImportFrom] = []
     cut = Lines(source)
     for number, node in enumerate(parsed.body):
         if number == 0 and title:
@@ -87,7 +93,10 @@ def _module(name: str, source: str) -> Module:
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             _sort_import(node, needs, imports)
             cut.remove(node)
-        elif _is_type_checking(node) or _assigned(node) == {"__all__"}:
+        elif _is_type_checking(node):
+            typed += [one for one in ast.walk(node) if isinstance(one, ast.ImportFrom) and not _is_ours(one)]
+            cut.remove(node)
+        elif _assigned(node) == {"__all__"}:
             cut.remove(node)
     for part in ast.walk(parsed):
         # An import inside a function goes too: what it names stands in the same file.
@@ -96,7 +105,7 @@ def _module(name: str, source: str) -> Module:
             _sort_import(part, needs, [])
             cut.remove(part)
     definitions = {word: node for node in parsed.body for word in _assigned(node) if word != "__all__"}
-    return Module(name, title, list(dict.fromkeys(needs)), imports, definitions, cut)
+    return Module(name, title, list(dict.fromkeys(needs)), imports, typed, definitions, cut)
 
 
 class Lines:
@@ -145,7 +154,7 @@ def _is_ours(node: ast.Import | ast.ImportFrom) -> bool:
 
 
 def _is_type_checking(node: ast.stmt) -> bool:
-    """`if TYPE_CHECKING:`; what it imports is there already, or nowhere needed."""
+    """`if TYPE_CHECKING:`; what it imports of the runtime is there already."""
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
@@ -188,7 +197,8 @@ def _import_lines(modules: list[Module]) -> list[str]:
             else:
                 members.setdefault(node.module or "", set()).update(alias.name for alias in node.names)
     members.pop("__future__", None)
-    members.get("typing", set()).discard("TYPE_CHECKING")
+    if not any(module.typed for module in modules):
+        members.get("typing", set()).discard("TYPE_CHECKING")
     members = {name: words for name, words in members.items() if words}
     lines = {f"import {name}": name for name in sorted(plain)}
     for name, words in sorted(members.items()):

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mapdsl.runtime.codecs.storage import Box
 from mapdsl.runtime.codecs.strided import copy_strided
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.fitting import same_bytes
+from mapdsl.runtime.partial import scaled
 from mapdsl.runtime.resharding import Made, Source
-from mapdsl.runtime.shares import Box
 
 
 def assembled(
@@ -29,10 +30,10 @@ def assembled(
     if not own and len(made.sources) == 1 and made.sources[0].box == tuple((0, size) for size in made.shape):
         out = part_of(states[made.sources[0].rank][made.sources[0].name], made.sources[0].source_box)
     else:
-        out = _filled(name, made, states, model)
+        out = _put_together(name, made, states, model)
     if compare:
         compare_replicas(name, made, states)
-    return out
+    return scaled(out, *made.scale)
 
 
 def compare_replicas(name: str, made: Made, states: Sequence[Mapping[str, Tensor]]) -> None:
@@ -47,7 +48,7 @@ def compare_replicas(name: str, made: Made, states: Sequence[Mapping[str, Tensor
             same_bytes(name, one, other.to(one.device), what, "R602")
 
 
-def _filled(name: str, made: Made, states: Sequence[Mapping[str, Tensor]], model: Tensor) -> Tensor:
+def _put_together(name: str, made: Made, states: Sequence[Mapping[str, Tensor]], model: Tensor) -> Tensor:
     filled = sum(math.prod(end - begin for begin, end in source.box) for source in made.sources)
     make = torch.empty if filled == math.prod(made.shape) else torch.zeros
     out = make(made.shape, dtype=model.dtype, device=model.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.placements import Along
-from mapdsl.runtime.shares import Held
+from mapdsl.runtime.shares import Held, Ranks
 from mapdsl.runtime.spread import Part, Spread
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from mapdsl.runtime.sharded_adapter import ShardedAdapter
 
-Ranks = Mapping[str, int]
 Otherwise = Literal["error", "local"]
 
 _NO_DTENSOR = ("P454", "P456", "X304")
@@ -81,7 +80,11 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
 
 
 def wrapped(
-    adapter: ShardedAdapter, side: str, state: Mapping[str, Tensor], mesh: DeviceMesh, otherwise: Otherwise
+    adapter: ShardedAdapter,
+    side: str,
+    state: Mapping[str, Tensor],
+    mesh: DeviceMesh,
+    otherwise: Otherwise,
 ) -> dict[str, Tensor]:
     """What this rank holds as DTensors on a device mesh; plain tensors where no other rank has part in them."""
     if otherwise not in ("error", "local"):

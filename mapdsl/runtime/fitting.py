@@ -92,10 +92,14 @@ def same_bytes(name: str, tensor: Tensor, wanted: Tensor, what: str, code: str =
     """R601 (or R602) at the first element whose bytes differ."""
     if tensor.numel() == 0:
         return
-    one = tensor.contiguous().reshape(-1).view(torch.uint8)
-    other = wanted.contiguous().reshape(-1).view(torch.uint8)
+    one, other = (_flat_bytes(each) for each in (tensor, wanted))
     if not torch.equal(one, other):
         flat = int((one != other).nonzero()[0]) // tensor.element_size()
         place_ = [int(n) for n in torch.unravel_index(torch.tensor(flat), tensor.shape)]
         found, expected = tensor.reshape(-1)[flat].item(), wanted.reshape(-1)[flat].item()
         raise ConversionError(code, f"{name} differs from {what} at {place_}: expected {expected}, found {found}")
+
+
+def _flat_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor. One element that is expanded counts as contiguous, with strides that are not."""
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)

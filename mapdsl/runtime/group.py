@@ -14,6 +14,7 @@ from mapdsl.runtime.codecs.values import Cast
 from mapdsl.runtime.complement import RAW, Alternatives, Complement, Entries, Raw
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.fitting import Pattern, fitted, fitted_together
+from mapdsl.runtime.partial import Partial
 from mapdsl.runtime.sizes import Size, Sized, counted
 from mapdsl.runtime.stored_forms import MAX_KNOWN, Found, StoredForms
 
@@ -153,6 +154,8 @@ class GroupAtHand(StoredForms):
 
     def _decoded_dtype(self, name: str, codec: Codec) -> torch.dtype:
         """The dtype to decode to: that of what it is joined with, or the one that the other side states or had."""
+        if isinstance(codec, Partial):
+            return self._peek(codec.payload(name)).dtype
         if self._plain_dtype is not None:
             return self._plain_dtype
         into = self._members[name].into

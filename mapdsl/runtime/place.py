@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.shares import How, padded, share
 
+Meshes = Mapping[str, Mapping[str, How]]
+"""How each axis is shared out, by mesh and axis."""
+
 
 class Place:
     """Over how many ranks each mesh cuts its axes, and which of them this is.
@@ -19,7 +22,7 @@ class Place:
 
     def __init__(
         self,
-        meshes: Mapping[str, Mapping[str, How]],
+        meshes: Meshes,
         ranks: Mapping[str, int] | None = None,
         rank: Mapping[str, int] | None = None,
         *,
@@ -98,5 +101,6 @@ def within(held: range, size: int) -> range:
 
 def uneven(axis: str, size: int, count: int, mesh: str) -> ConversionError:
     """P453: an axis does not divide over the ranks of a mesh."""
-    message = f"the axis `{axis}` has {size:,} positions, which do not divide over {count} ranks of `{mesh}`"
+    name = axis.removesuffix(padded(""))
+    message = f"the axis `{name}` has {size:,} positions, which do not divide over {count} ranks of `{mesh}`"
     return ConversionError("P453", message)

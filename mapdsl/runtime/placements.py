@@ -12,9 +12,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from mapdsl.runtime.shares import Held, Run, merged
+from mapdsl.runtime.shares import Dimensions, Held, Run, merged
 
-Dimensions = tuple[Held, ...]
 HeldAt = Callable[[Mapping[str, int]], Dimensions]
 """What is held of each dimension, by places in some meshes; those that are not named cut nothing."""
 

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec
-from mapdsl.runtime.codecs.storage import RAW_STORAGE, Storage
+from mapdsl.runtime.codecs.storage import RAW_STORAGE, Box, Storage
 from mapdsl.runtime.complement import Raw
 from mapdsl.runtime.errors import ConversionError
-from mapdsl.runtime.part_shares import Dimensions, held_parts
+from mapdsl.runtime.part_shares import held_parts
+from mapdsl.runtime.partial import ranks_of
 from mapdsl.runtime.place import Place
 from mapdsl.runtime.share_list import ShareList, Shown
-from mapdsl.runtime.shares import Assembly, Box, Held, assembly, held_of, whole
+from mapdsl.runtime.shares import Assembly, Dimensions, Held, Ranks, assembly, held_of, padded, whole
 from mapdsl.runtime.sizes import SizeError, axis_sizes, counted
 
 if TYPE_CHECKING:
     from mapdsl.runtime.sharded_adapter import ShardedAdapter
 
-Ranks = Mapping[str, int]
 States = Sequence[Mapping[str, Tensor]]
 
 
@@ -46,7 +46,7 @@ class Made:
 
     `sources` are boxes that fill it, but for padding, which is zeros; `replicas` are others that must equal what fills
     it. `like` is one of the tensors that it comes from, by rank and name: its dtype is that of this one. Where `value`
-    is given it is that, and comes from nowhere.
+    is given it is that, and comes from nowhere. `scale` is what it is to be multiplied with, and divided by.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +54,7 @@ class Made:
     sources: tuple[Source, ...] = ()
     replicas: tuple[Source, ...] = ()
     value: tuple[int, ...] | None = None
+    scale: tuple[int, int] = (1, 1)
 
 
 @dataclass
@@ -92,8 +93,12 @@ class Resharding:
         self._source_places: list[Place] = []
         self._holders: dict[str, list[Holder]] = {}
         self._lacking: dict[str, str] = {}  # what some rank does not have
+        self._any_wild = False
+        self._named: set[str] = set()  # by the targets so far
         for number, place in enumerate(self._places):
             self._read(number, adapter.at(ranks, place))
+        if self._any_wild:
+            self._look_for_what_wildcards_carry(ranks)
         self._cut: dict[str, Cut] = {name: self._cut_of(name, holders) for name, holders in self._holders.items()}
 
     def target(self, ranks: Ranks, rank: Ranks) -> dict[str, Made]:
@@ -102,9 +107,14 @@ class Resharding:
         found: dict[str, Made] = {}
         names = dict.fromkeys(part for cut in self._cut.values() for part in cut.whole_parts.values())
         for shown, name in listed(adapter, self._side, names):
-            if name in self._cut:
+            self._named.add(name)
+            if name in self._cut and not _is_nothing(shown, adapter.place):
                 found |= self._cut[name].made(shown, adapter.place)
         return found
+
+    def dropped(self) -> list[str]:
+        """The tensors, as a whole state calls them, that no target so far is to hold: guards of the map say so."""
+        return [name for name in self._cut if name not in self._named]
 
     # --- what ranks hold ---
 
@@ -112,6 +122,7 @@ class Resharding:
         """Note what one rank holds."""
         state = self._states[number]
         shares = adapter.list_shares(self._side, state)
+        self._any_wild = self._any_wild or shares.any_wild
         left = dict.fromkeys(state)
         for shown, name in _with_whole_names(adapter, self._side, shares):
             holder = self._holder(number, shown, shares)
@@ -125,6 +136,18 @@ class Resharding:
         if left:
             shown_names = ", ".join(itertools.islice(left, 5)) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
             raise ConversionError("R603", f"no rule reads {shown_names} of {told(adapter.place.rank)}")
+
+    def _look_for_what_wildcards_carry(self, ranks: Ranks) -> None:
+        """Note what a wildcard carries on one rank and not on another, whose own names do not tell of it."""
+        everything = {
+            part: None for name, found in self._holders.items() for part in found[0].storage.part_names(name).values()
+        }
+        holding = {name: {holder.rank for holder in found} for name, found in self._holders.items()}
+        for number, place in enumerate(self._places):
+            for shown, name in listed(self._adapter.at(ranks, place), self._side, everything):
+                is_lacking = name in holding and number not in holding[name] and shown.pattern is not None
+                if is_lacking and min(counted(shown.sizes).values(), default=1):
+                    self._lacking.setdefault(name, f"{shown.name} of {told(place)}")
 
     def _holder(self, number: int, shown: Shown, shares: ShareList) -> Holder | None:
         """What a rank holds of a tensor; None where it is not there."""
@@ -159,7 +182,7 @@ class Cut:
     holders: Sequence[Holder]
     places: Sequence[Place]
     axes: dict[str, int] = field(init=False)
-    _held: list[dict[str, Dimensions]] = field(init=False)
+    _held: list[Mapping[str, Dimensions]] = field(init=False)
 
     def __post_init__(self) -> None:
         pattern = self.holders[0].shown.pattern
@@ -196,7 +219,8 @@ class Cut:
             found = assembly(held[role], tuple(dimensions[role] for dimensions in self._held))
             if found is None:
                 raise ConversionError("R605", f"no rank holds all of {self.name} that {told(place.rank)} is to hold")
-            out[part] = self._assembled(role, shapes[role], found, like)
+            scale = ranks_of(first.shown.stored), ranks_of(shown.stored)
+            out[part] = replace(self._assembled(role, shapes[role], found, like), scale=scale)
         return out
 
     def _assembled(self, role: str, held: Dimensions, found: Assembly, like: tuple[int, str]) -> Made:
@@ -207,7 +231,7 @@ class Cut:
         )
         return Made(shape, like, sources, replicas)
 
-    def _parts(self, shape: tuple[int, ...], pattern: str | None, runs: Mapping[str, Held]) -> dict[str, Dimensions]:
+    def _parts(self, shape: tuple[int, ...], pattern: str | None, runs: Mapping[str, Held]) -> Mapping[str, Dimensions]:
         held = tuple(map(whole, shape)) if pattern is None else held_of(pattern, runs)
         return held_parts(self.name, self.holders[0].storage, held)
 
@@ -259,7 +283,10 @@ class Cut:
         if isinstance(shown.sizes.get(axis), range):
             return _within(*place.noted[axis])
         everything = range(self.axes[axis])
-        return _within(everything, place.share(axis, everything))
+        try:
+            return _within(everything, place.share(axis, everything))
+        except ConversionError as problem:  # a size that came with the tensor: say with which
+            raise ConversionError(problem.code, f"{self.name}: {problem.message}") from None
 
 
 def listed(adapter: ShardedAdapter, side: str, names: Mapping[str, object]) -> Iterator[tuple[Shown, str]]:
@@ -292,6 +319,12 @@ def logical_shape(shape: tuple[int, ...], pattern: str | None, runs: Mapping[str
 def told(rank: Ranks) -> str:
     """A rank for a message: `rank tp 1, ep 0`."""
     return f"rank {', '.join(f'{mesh} {place}' for mesh, place in rank.items()) or '0'}"
+
+
+def _is_nothing(shown: Shown, place: Place) -> bool:
+    """Whether a rank has no tensor as it would hold nothing: no expert. Where all is padding it has an empty one."""
+    empty = (axis for axis, size in counted(shown.sizes).items() if size == 0)
+    return any(padded(axis) not in place.noted for axis in empty)
 
 
 def _within(positions: range, held: range) -> Held:

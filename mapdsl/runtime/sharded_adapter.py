@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mapdsl.runtime.adapter import Adapter, ignore, naming_the_rule, refuse
 from mapdsl.runtime.assembling import assembled
+from mapdsl.runtime.complement import Alternatives
 from mapdsl.runtime.dtensors import Otherwise, is_dtensor, rank_of, unwrapped, wrapped
 from mapdsl.runtime.errors import ConversionError
-from mapdsl.runtime.place import Place
+from mapdsl.runtime.partial import partial_form
+from mapdsl.runtime.place import Meshes, Place
 from mapdsl.runtime.put import Put, Sink
 from mapdsl.runtime.resharding import Resharding
 from mapdsl.runtime.share_list import ShareList
-from mapdsl.runtime.shares import How
+from mapdsl.runtime.shares import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-Ranks = Mapping[str, int]
-_Adapter = TypeVar("_Adapter", bound="ShardedAdapter")
 
 
 class ShardedAdapter(Adapter):
@@ -36,15 +35,13 @@ class ShardedAdapter(Adapter):
     number, or this process where none is given.
     """
 
-    MESHES: ClassVar[Mapping[str, Mapping[str, How]]] = {}
+    MESHES: ClassVar[Meshes] = {}
     place = Place({})
 
     # --- one rank ---
 
-    def at(
-        self: _Adapter, ranks: Ranks | DeviceMesh, rank: Ranks | int | None = None, *, counts_from_all: bool = False
-    ) -> _Adapter:
-        """The adapter of one rank's share: `ranks` says over how many each mesh cuts, `rank` which one this is.
+    def at(self, ranks: Ranks | DeviceMesh, rank: Ranks | int | None = None, *, counts_from_all: bool = False) -> Any:
+        """The adapter, of the same class, of one rank's share: `ranks` says how many there are, `rank` which this is.
 
         It converts what one rank holds of either side; a mesh that is not named is one rank. With `counts_from_all`
         `{local e}` in a name counts as in a whole state. Raises ConversionError: N113 for a mesh that the map has not
@@ -56,9 +53,10 @@ class ShardedAdapter(Adapter):
         other.set_params(other.config)
         return other
 
-    def counting_from_all(self: _Adapter) -> _Adapter:
+    def counting_from_all(self) -> ShardedAdapter:
         """The adapter of this rank under the names of a whole state."""
-        return self.at(self.place.ranks, self.place.rank, counts_from_all=True)
+        other: ShardedAdapter = self.at(self.place.ranks, self.place.rank, counts_from_all=True)
+        return other
 
     def list_shares(self, side: str, tensors: Mapping[str, Tensor]) -> ShareList:
         """What this rank holds of a side; of `tensors`, its state, names are looked at that the map does not say."""
@@ -168,6 +166,10 @@ class ShardedAdapter(Adapter):
     def mesh_rank(self, mesh: str) -> int:
         """The place of this rank in a mesh."""
         return self.place.coordinate(mesh)
+
+    def partial(self, mesh: str) -> Alternatives:
+        """How a tensor is stored whose value the ranks of a mesh share."""
+        return partial_form(self.mesh_size(mesh))
 
     def held(self, axis: str, positions: range) -> range:
         """Those positions of an axis that this rank holds; P453 where they do not divide."""

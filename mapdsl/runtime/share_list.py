@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,6 +35,7 @@ class ShareList(NameList):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
         self.shown: list[Shown] = []
+        self.any_wild = False
 
     def drop(self, name: str, stored: Alternatives = AS_IS) -> None:
         """A dropped tensor is on the ranks as it is in the whole."""
@@ -43,6 +44,11 @@ class ShareList(NameList):
         for part in dict.fromkeys((name, *parts)):
             if part in self:
                 self._show(part, AS_IS, None, {})
+
+    def wild(self, pattern: str, *but: Wide) -> Iterator[tuple[str, ...]]:
+        """See `StateNames.wild`; notes that names are read off the state."""
+        self.any_wild = True
+        return super().wild(pattern, *but)
 
     def shut(self, *names: str | Wide) -> None:
         """See `StateNames.shut`: no wildcard names these."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+from mapdsl.runtime.codecs.storage import Box
+
 Run = tuple[int, int]
 """Positions from the first to before the second."""
 
@@ -42,6 +44,13 @@ class Held:
     def local_size(self) -> int:
         """How many positions are held: the size of the dimension on the rank."""
         return sum(end - begin for begin, end in self.runs)
+
+
+Dimensions = tuple[Held, ...]
+"""What is held of each dimension of a tensor."""
+
+Ranks = Mapping[str, int]
+"""Numbers of ranks, or the places of one rank, by mesh."""
 
 
 def whole(size: int) -> Held:
@@ -110,7 +119,7 @@ def held_of(pattern: str, axes: Mapping[str, Held]) -> tuple[Held, ...]:
     words = re.findall(r"[A-Za-z_]\w*|\d+|[()+]", pattern)
     found, place = [], 0
     while place < len(words):
-        dimension, place = _factor(words, place, axes)
+        dimension, place = _held_factor(words, place, axes)
         found.append(dimension)
     return tuple(found)
 
@@ -120,7 +129,7 @@ def axes_in(pattern: str) -> set[str]:
     return set(re.findall(r"[A-Za-z_]\w*", pattern))
 
 
-def _factor(words: list[str], place: int, axes: Mapping[str, Held]) -> tuple[Held, int]:
+def _held_factor(words: list[str], place: int, axes: Mapping[str, Held]) -> tuple[Held, int]:
     word = words[place]
     if word != "(":
         return whole(int(word)) if word.isdigit() else axes[word], place + 1
@@ -130,15 +139,12 @@ def _factor(words: list[str], place: int, axes: Mapping[str, Held]) -> tuple[Hel
             terms.append(product)
             product, place = whole(1), place + 1
             continue
-        factor, place = _factor(words, place, axes)
+        factor, place = _held_factor(words, place, axes)
         product = nested(product, factor)
     return joined([*terms, product]), place + 1
 
 
 # --- from ranks to a rank ---
-
-Box = tuple[Run, ...]
-"""A part of a tensor: a run of positions of each dimension."""
 
 
 class Region(NamedTuple):

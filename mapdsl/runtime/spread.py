@@ -120,7 +120,7 @@ class Spread:
         for coordinate in range(self.place.size(mesh)):
             rank = {**self.place.rank, mesh: coordinate}
             other = adapter.at(self.place.ranks, rank, counts_from_all=True)
-            shares = other.list_shares(side, names)  # type: ignore[arg-type]
+            shares = other.list_shares(side, names)
             found.append((other.place, {shown.name: shown for shown in shares.shown}))
         return found
 
