@@ -15,7 +15,7 @@ from mapdsl.emit.tests import tests_source as source_of
 from mapdsl.language.source import Source
 from mapdsl.map import Map, load
 from mapdsl.resources import shipped_maps
-from mapdsl.testing import PROPERTIES
+from mapdsl.testing import PROPERTIES, load_suite, properties_for
 
 CASES = Path(__file__).parent / "cases" / "testing"
 
@@ -43,7 +43,7 @@ def test_the_tests_of_a_map_file_pass(tmp_path: Path) -> None:
     assert 'load_suite(HERE / "../lists.map", HERE / "../a.py")' in tests.read_text()
     done = pytest_run(tmp_path, "tests")
     assert done.returncode == 0, done.stdout[-3000:]
-    assert f"{len(PROPERTIES)} passed" in done.stdout
+    assert f"{len(properties_for(load_suite(CASES / 'lists.map')))} passed" in done.stdout
 
 
 def test_a_wrong_adapter_fails_them(tmp_path: Path) -> None:
@@ -72,10 +72,26 @@ def test_without_an_adapter_the_map_is_compiled() -> None:
     assert "HERE" not in text
 
 
-def test_every_property_has_its_test() -> None:
-    tree = ast.parse(source_of(load("deepseek_v4").checked))
+@pytest.mark.parametrize("path", ["deepseek_v4", CASES / "ranks.map"])
+def test_every_property_has_its_test(path: str | Path) -> None:
+    tree = ast.parse(source_of(load(path).checked))
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    assert [name.removeprefix("test_") for name in names if name.startswith("test_")] == list(PROPERTIES)
+    found = [name.removeprefix("test_") for name in names if name.startswith("test_")]
+    assert found == properties_for(load_suite(path))
+    assert (set(found) == set(PROPERTIES)) == (path != "deepseek_v4")
+
+
+def test_the_tests_of_a_map_with_ranks(tmp_path: Path) -> None:
+    """They pass; and where the adapter cuts in another way than the map says, they fail."""
+    text = (CASES / "ranks_codecs.map").read_text()
+    (tmp_path / "good.map").write_text(text)
+    (tmp_path / "wrong.map").write_text(text.replace("mesh ep shards e", "mesh ep shards e by ceil"))
+    tests = tmp_path / "test_ranks.py"
+    for adapter, verdict in (("good", "2 passed"), ("wrong", "1 failed, 1 passed")):
+        assert main(["compile", str(tmp_path / f"{adapter}.map"), "-o", str(tmp_path / f"{adapter}.py")]) == 0
+        tests.write_text(source_of(load(tmp_path / "good.map").checked, tests, tmp_path / f"{adapter}.py"))
+        done = pytest_run(tmp_path, tests.name, "-k", "cuts_refused or placed")
+        assert verdict in done.stdout, done.stdout[-3000:]
 
 
 def test_configs_are_spelled_out() -> None:

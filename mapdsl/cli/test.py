@@ -21,7 +21,8 @@ def add_parser(subparsers: Any) -> None:
         "test",
         help="convert drawn checkpoints there and back, and compare every byte",
         description="Draw small configs and checkpoints for a map, as random bit patterns in every format, and hold "
-        "the compiled adapter against what the map says. A failure is shown on the smallest config found.",
+        "the compiled adapter against what the map says; of a map with a mesh also over several ranks. A failure is "
+        "shown on the smallest config found.",
         allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", help=FILE_HELP)

@@ -17,6 +17,8 @@ from mapdsl.resources import shipped_maps
 # Sizes of axes: distinct primes show a transpose; packed formats need even ones.
 _SIZES = (2, 3, 5, 7)
 _EVEN_SIZES = (2, 4, 6, 8)
+# Sizes, in multiples of blocks, of axes that ranks share: most numbers of ranks divide some of them.
+_SHARED_SIZES = (1, 2, 4, 6)
 
 
 def tests_source(
@@ -48,6 +50,7 @@ def tests_source(
             source=file_name(resolved.file.source.path),
             digest=hashlib.sha256(resolved.file.source.text.encode()).hexdigest()[:16],
             command=command,
+            has_ranks=bool(resolved.meshes),
             uses_here=any("HERE" in place for place in places),
             suite=lines(call("load_suite", *places), 0, before="SUITE = "),
             configs=lines(configs, 0, before="CONFIGS = "),
@@ -97,7 +100,9 @@ def _scalar(field: Field, reach: int, packs: bool) -> Code:
     if field.kind == "number":
         return _sampled([10000.0, 500000])
     if field.bounds_index:
-        return f"st.integers(0, {reach})"
+        return _sampled([0, 1, 2, 4]) if field.is_cut else f"st.integers(0, {reach})"
+    if field.is_cut:
+        return _sampled([field.multiple * size for size in _SHARED_SIZES])
     near = sorted({n for literal in field.literals for n in (literal - 1, literal, literal + 1) if n >= 0})
     if field.is_divisor or field.is_divided:
         return _sampled([1, 2, 4] if field.is_divisor else [4, 8, 12])

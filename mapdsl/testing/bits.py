@@ -72,3 +72,8 @@ def ordinary(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dt
     """Values that every float format can hold roughly: normally distributed, or none above zero."""
     values = torch.randn(shape, generator=generator)
     return (-values.abs() if negative else values).to(dtype)
+
+
+def small_numbers(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Integers that every float dtype holds, and their parts over 8 ranks too."""
+    return torch.randint(-100, 100, shape, generator=generator).to(dtype)

@@ -17,6 +17,8 @@ from mapdsl.language.diagnostics import MapError, error
 # Sizes of axes: primes where nothing is packed, so that no transpose can hide in a square; and around a block's edge.
 SIZES = (2, 3, 5, 7, 11, 13, 17, 19)
 EVEN_SIZES = (2, 4, 6, 8, 10, 12, 14, 22, 34, 38, 62, 66)
+# Over how many ranks sizes are drawn to divide, and how often each number: of a multiple, more than once.
+RANKS = {1: 1, 2: 3, 3: 2, 4: 4, 6: 2, 8: 1}
 # A state of more tensors is no example: comparing it in every way would take hours.
 MAX_TENSORS = 20_000
 _TRIES = 200
@@ -94,10 +96,16 @@ def _values(fields: Fields, rng: Random) -> dict[str, Any]:
     rng.shuffle(sizes)
     values: dict[str, Any] = {}
     counts: list[int] = []
+    ranks = draw_ranks(rng) if any(field.is_cut for field in fields.of.values()) else 1
     for path, field in fields.of.items():
         if field.kind == "list":
             continue
-        values[path] = None if field.optional and rng.random() < 0.2 else scalar(field, fields.reach, rng, sizes)
+        if field.optional and rng.random() < 0.2:
+            values[path] = None
+        elif field.is_cut and rng.random() < 0.9:
+            values[path] = _divided(field, ranks, rng, [size for size in values.values() if isinstance(size, int)])
+        else:
+            values[path] = scalar(field, fields.reach, rng, sizes)
         if field.bounds_index and isinstance(values[path], int):
             counts.append(values[path])
     for path, field in fields.of.items():
@@ -130,6 +138,19 @@ def scalar(field: Field, reach: int, rng: Random, sizes: list[int]) -> Any:
             return fitting[-1]
         return rng.choice((1, 2, 3, 4))
     return rng.randint(0, 6)
+
+
+def draw_ranks(rng: Random) -> int:
+    """A number of ranks that sizes are to divide over."""
+    return rng.choices(list(RANKS), weights=list(RANKS.values()))[0]
+
+
+def _divided(field: Field, ranks: int, rng: Random, used: list[int]) -> int:
+    """The size of an axis that so many ranks share, or a part of them."""
+    if field.bounds_index:
+        return rng.choice([n for n in (0, ranks, ranks, ranks // 2, 2, 3, 4) if n <= 6])
+    sizes = [field.multiple * ranks * n for n in (1, 1, 2, 3, 5)]
+    return rng.choice([size for size in sizes if size not in used] or sizes)
 
 
 def _list(field: Field, reach: int, rng: Random, counts: list[int], sizes: list[int]) -> list[Any]:

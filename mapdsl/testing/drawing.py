@@ -5,6 +5,7 @@ names that rules drop or carry.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from random import Random
 
 import torch
@@ -17,11 +18,12 @@ from mapdsl.compiler.expand import Expansion, Match, Named
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import error
 from mapdsl.runtime.sizes import SizeError, axis_sizes, shape_of
-from mapdsl.testing.bits import FLOATS, finite, ordinary, random_bits
+from mapdsl.testing.bits import FLOATS, finite, ordinary, random_bits, small_numbers
 from mapdsl.testing.configs import EVEN_SIZES, SIZES, ContradictionError, value_of
-from mapdsl.testing.finishing import make_copies, make_ties, respell
+from mapdsl.testing.finishing import clear_padding, make_copies, make_ties, respell
 from mapdsl.testing.formats import Formats, cast_dtype, fits, holds_raw, packs, runtime_codec
 from mapdsl.testing.readers import Readers
+from mapdsl.testing.shares import partial_meshes
 from mapdsl.testing.states import Group, Logical, State, wild_values
 
 # A state larger than this is no example, and drawing it would only take memory and time; drawn ones are to be quick.
@@ -37,11 +39,22 @@ Plan = list[tuple[Named, tuple[int, ...], "AnyCodec | None"]]
 class Drawer:
     """Draws states under one config. `dtype` is that of decoded tensors in the conversions that follow.
 
-    With `quick` a state of many elements is a ContradictionError, otherwise only an absurd one is an error.
+    `multiples` are of axes that ranks share, of what their sizes should be multiples. With `quick` a state of many
+    elements is a ContradictionError, otherwise only an absurd one is an error.
     """
 
-    def __init__(self, expansion: Expansion, readers: Readers, rng: Random, dtype: torch.dtype, *, quick: bool) -> None:
+    def __init__(
+        self,
+        expansion: Expansion,
+        readers: Readers,
+        rng: Random,
+        dtype: torch.dtype,
+        *,
+        quick: bool,
+        multiples: Mapping[str, int] | None = None,
+    ) -> None:
         self.expansion, self.readers, self.rng, self.dtype = expansion, readers, rng, dtype
+        self.multiples = multiples or {}
         self.map = expansion.map
         self.generator = torch.Generator().manual_seed(rng.getrandbits(62))
         self.quick, self.elements = quick, 0
@@ -53,7 +66,7 @@ class Drawer:
             if rule.side(side):
                 state.groups += self._groups(number, rule, side, ordinary_values)
         state.groups = [group for group in state.groups if group.tensors]
-        make_ties(state)
+        make_ties(self.expansion, state)
         if side == "left":
             respell(self.expansion, state, self.rng)
         state.order = list(state.canonical)
@@ -139,18 +152,22 @@ class Drawer:
         formats = self._formats(rule, plan, side, ordinary_values)
         if formats.must_encode:
             self._check_encodes(match, rule, side, sizes, plan[0][1] if plan else ())
-        base = formats.base_dtype(self.dtype, self.rng)
+        is_partial = any(partial_meshes(tensor) for tensor in (*rule.left, *rule.right))
+        base = self.rng.choice(FLOATS) if is_partial else formats.base_dtype(self.dtype, self.rng)
         group.exact, group.moved_as = formats.is_exact(self.dtype, base), formats.undecoded
         group.unpacked = formats.unpacked
         variety = self.rng.random()
         for named, shape, codec in plan:
-            if formats.must_encode:
+            if is_partial:
+                parts = {named.name: small_numbers(self.generator, shape, base)}
+            elif formats.must_encode:
                 parts = self._tame_parts(rule, named.name, shape, codec, base)
             else:
                 # Parts that move undecoded are joined, so they are alike in a group.
                 parts = self._parts(named.name, shape, codec, base, variety if group.moved_as else self.rng.random())
             group.tensors.append(Logical(named, shape, codec, parts))
         make_copies(self.expansion, group, side)
+        clear_padding(self.expansion, group, side)
         return group
 
     def _sizes(self, match: Match, rule: ir.Rule) -> dict[str, int]:
@@ -166,7 +183,12 @@ class Drawer:
         if len(shapes) > 4 or len(free) > 2:
             pool = [n for n in pool if n < 12]
         self.rng.shuffle(pool)
-        return sizes | {axis: pool.pop() if pool else 2 for axis in free if axis is not None}
+        for axis in free:
+            if axis in self.multiples:
+                fitting = [self.multiples[axis] * n for n in (1, 2, 3, 5)]
+                sizes[axis] = self.rng.choice([n for n in fitting if n not in sizes.values()] or fitting)
+        pool = [n for n in pool if n not in sizes.values()]
+        return sizes | {axis: pool.pop() if pool else 2 for axis in free if axis is not None and axis not in sizes}
 
     def _check_sizes(self, match: Match, rule: ir.Rule, sizes: dict[str, int]) -> None:
         """Sizes must follow from the tensors of each side: of `(g c)` with no g, nobody can tell c."""

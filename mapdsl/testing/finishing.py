@@ -11,6 +11,8 @@ from mapdsl.compiler import ir
 from mapdsl.compiler.collide import spell
 from mapdsl.compiler.expand import Expansion
 from mapdsl.compiler.names import patterns
+from mapdsl.language import tree
+from mapdsl.runtime.sizes import SizeError, axis_sizes
 from mapdsl.testing.bits import bits
 from mapdsl.testing.configs import ContradictionError, value_of
 from mapdsl.testing.readers import bindings
@@ -45,7 +47,21 @@ def make_copies(expansion: Expansion, group: Group, side: str) -> None:
                 view.copy_(view.narrow(at, 0, 1).clone().expand_as(view))
 
 
-def make_ties(state: State) -> None:
+def clear_padding(expansion: Expansion, group: Group, side: str) -> None:
+    """Make what stands in padding zeros, as it is written. In a format other bytes may decode to zeros."""
+    shapes = expansion.checked.layouts[group.match.rule].shapes[side == "right"]
+    for tensor in group.tensors:
+        shape = shapes[tensor.named.place]
+        for place, dimension in enumerate(shape.dimensions if shape is not None else ()):
+            if isinstance(dimension, tree.Pad):
+                payload = next(iter(tensor.parts.values()))
+                elements = tensor.shape[place] // max(1, payload.shape[place])  # that are packed into one
+                begin = -(-group.sizes[dimension.axis.name or ""] // max(1, elements))
+                bits(payload).narrow(place, begin, payload.shape[place] - begin).zero_()
+                group.exact &= tensor.codec is None or tensor.codec.kind in ("raw", "cast")
+
+
+def make_ties(expansion: Expansion, state: State) -> None:
     """Tied tensors become those that they equal; a tie needs its twin."""
     known: dict[str, Any] = state.canonical
     for group in state.groups:
@@ -57,8 +73,18 @@ def make_ties(state: State) -> None:
         tensor = group.tensors[0]
         if group.rule.value.compared:
             tensor.parts, tensor.shape = {tensor.named.name: known[twin]}, tuple(known[twin].shape)
+            group.sizes |= _sizes_of_tie(expansion, group, state.side, tensor)
         else:
             group.exact = False
+
+
+def _sizes_of_tie(expansion: Expansion, group: Group, side: str, tensor: Logical) -> dict[str, int]:
+    """The sizes of a tied tensor's axes; ContradictionError where its twin does not fit them."""
+    pattern = expansion.pattern(group.match.rule, side, tensor.named.place)
+    try:
+        return {} if pattern is None else axis_sizes(pattern, tensor.shape, expansion.sizes(group.match))
+    except SizeError as err:
+        raise ContradictionError(f"{tensor.named.name} does not fit what it is tied to: {err}") from None
 
 
 def respell(expansion: Expansion, state: State, rng: Random) -> None:

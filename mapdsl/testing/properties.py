@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -14,18 +14,16 @@ from mapdsl.checkpoint.dtypes import DTYPE_NAMES
 from mapdsl.compiler.expand import Key
 from mapdsl.emit.expressions import attribute
 from mapdsl.runtime.adapter import Keys
-from mapdsl.testing.bits import bits, same
+from mapdsl.testing.bits import bits
+from mapdsl.testing.comparing import PropertyError, compare, same_names
 from mapdsl.testing.configs import ContradictionError
+from mapdsl.testing.rank_properties import RANK_PROPERTIES
 from mapdsl.testing.reference import Placement
-from mapdsl.testing.states import Group, State, made_names, place_of
+from mapdsl.testing.states import Group, State, made_anyway, made_names, place_of
 from mapdsl.testing.suite import Counted, Example, Suite
 
 SAMPLED = 3
 _STRANGER = "mapdsl_test.stranger"
-
-
-class PropertyError(AssertionError):
-    """A property that an example breaks; the message names the tensors and what differs."""
 
 
 # --- the properties ---------------------------------------------------------------------------------------------------
@@ -48,7 +46,7 @@ def placed(example: Example) -> None:
     """left -> right: the names that the map promises, and every element where its rule says."""
     _, made, _ = example.read
     expected = made_names(example.expansion, example.left, quantization=True)
-    _same_names(made, expected, "reading")
+    same_names(made, expected, "reading")
     for group in example.left.groups:
         if group.moves():
             _placed_group(example, group, made)
@@ -58,21 +56,21 @@ def there_and_back(example: Example) -> None:
     """left -> right -> left: the same names, shapes, dtypes and bytes."""
     back, _ = example.read_back
     stored, exact = example.left.canonical, example.left.kept()
-    _same_names(back, exact, "writing what was read")
+    same_names(back, exact, "writing what was read", _made_anyway(example, "left"))
     for name, is_exact in exact.items():
-        _compare(name, back[name], stored[name], is_exact)
+        compare(name, back[name], stored[name], is_exact)
 
 
 def back_and_there(example: Example) -> None:
     """right -> left -> right, unquantised: the same names, shapes, dtypes and bytes."""
     stored, _ = example.written
-    _same_names(stored, made_names(example.expansion, example.right, quantization=False), "writing")
+    same_names(stored, made_names(example.expansion, example.right, quantization=False), "writing")
     back = example.adapter(answered=True).read(stored, dtype=example.dtype)
     exact, known = example.right.kept(), example.right.canonical
-    _same_names(back, exact, "reading what was written")
+    same_names(back, exact, "reading what was written", _made_anyway(example, "right"))
     for name, is_exact in exact.items():
         if is_exact or not example.right.is_unpacked(name):
-            _compare(name, back[name], known[name], is_exact)
+            compare(name, back[name], known[name], is_exact)
 
 
 def encoded_anew(example: Example) -> None:
@@ -82,7 +80,7 @@ def encoded_anew(example: Example) -> None:
     state, adapter = example.ordinary_right, example.adapter(answered=True)
     stored = adapter.write(state.tensors(), quantization=True, dtype=example.dtype)
     makers = made_names(example.expansion, state, quantization=True)
-    _same_names(stored, makers, "writing quantised")
+    same_names(stored, makers, "writing quantised")
     for key in example.expansion.keys("left"):
         if key.name not in stored or ((maker := makers[key.name]) is not None and maker.moved_as is not None):
             continue  # it keeps the format that it has on the right
@@ -152,22 +150,22 @@ def single_groups(example: Example) -> None:
         found = example.adapter().read(part, dtype=example.dtype, partial=True)
         mine = {name for name, maker in made.items() if maker is group}
         if not mine <= set(found) <= mine | always:
-            _same_names(found, mine, f"reading {group.names[0]} and its group alone")
+            same_names(found, mine, f"reading {group.names[0]} and its group alone")
         for name in mine:
-            _compare(name, found[name], whole[name], True)
+            compare(name, found[name], whole[name], True)
 
 
 def shuffled_rules(example: Example) -> None:
     """The rules of the file in another order change nothing."""
     adapter = _shuffled(example.suite, example.rng.randrange(2))(dict(example.config), **example.suite.params)
     found = adapter.read(example.left.tensors(), dtype=example.dtype)
-    _same_names(found, example.read[1], "reading with shuffled rules")
+    same_names(found, example.read[1], "reading with shuffled rules")
     for name, tensor in example.read[1].items():
-        _compare(name, found[name], tensor, True)
+        compare(name, found[name], tensor, True)
     back = adapter.write(found, quantization=True)
-    _same_names(back, example.read_back[0], "writing with shuffled rules")
+    same_names(back, example.read_back[0], "writing with shuffled rules")
     for name, tensor in example.read_back[0].items():
-        _compare(name, back[name], tensor, True)
+        compare(name, back[name], tensor, True)
 
 
 PROPERTIES: dict[str, Callable[[Example], None]] = {
@@ -185,7 +183,15 @@ PROPERTIES: dict[str, Callable[[Example], None]] = {
         single_groups,
         shuffled_rules,
     )
-}
+} | RANK_PROPERTIES
+"""Every property by name; those of `RANK_PROPERTIES` are for maps with a mesh."""
+
+
+def properties_for(suite: Suite) -> list[str]:
+    """The names of the properties that a map is held against: those of ranks only where it has a mesh."""
+    has_ranks = bool(suite.checked.map.meshes)
+    return [name for name in PROPERTIES if has_ranks or name not in RANK_PROPERTIES]
+
 
 # --- how they compare -------------------------------------------------------------------------------------------------
 
@@ -197,13 +203,17 @@ def _shuffled(suite: Suite, order: int) -> type[Any]:
 
 def _promised(found: Keys, expected: list[Key]) -> None:
     """The adapter's list of names, shapes and dtypes against the map's."""
-    _same_names(found, (key.name for key in expected), "the adapter's list of names")
+    same_names(found, (key.name for key in expected), "the adapter's list of names")
     for key in expected:
         form, dtype = found[key.name]
         if form != key.shape:
             raise PropertyError(f"the adapter lists {key.name} with shape {form}, the map with {key.shape}")
         if key.dtype is not None and dtype is not None and DTYPE_NAMES[dtype] != key.dtype:
             raise PropertyError(f"the adapter lists {key.name} with dtype {dtype}, the map with {key.dtype}")
+
+
+def _made_anyway(example: Example, side: str) -> Iterator[str]:
+    return (named.name for _, named in made_anyway(example.expansion, side))
 
 
 def _can_encode(example: Example) -> bool:
@@ -214,40 +224,8 @@ def _can_encode(example: Example) -> bool:
         return False
 
 
-def _same_names(found: Iterable[str], expected: Iterable[str], what: str) -> None:
-    found, expected = set(found), set(expected)
-    lacking, extra = sorted(expected - found), sorted(found - expected)
-    if lacking or extra:
-        parts = [f"lacks {_listed(lacking)}"] * bool(lacking) + [f"has {_listed(extra)} too many"] * bool(extra)
-        raise PropertyError(f"{what}: the result {' and '.join(parts)}")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _compare(name: str, found: Tensor, expected: Tensor, exact: bool) -> None:
-    """Shape, and where the laws promise it dtype and bytes; the first differing element is named."""
-    if found.shape != expected.shape:
-        raise PropertyError(f"{name}: expected the shape {list(expected.shape)}, found {list(found.shape)}")
-    if not exact or same(found, expected):
-        return
-    if found.dtype != expected.dtype:
-        raise PropertyError(f"{name}: expected the dtype {expected.dtype}, found {found.dtype}")
-    one, other = bits(found).flatten(), bits(expected).flatten()
-    flat = int((one != other).nonzero()[0])
-    place = [int(n) for n in torch.unravel_index(torch.tensor(flat), found.shape)]
-    size = found.element_size()
-    words = (_hex(element, flat, size) for element in (other, one))
-    raise PropertyError(f"{name}: the first difference is at {place}: expected {next(words)}, found {next(words)}")
-
-
-def _hex(elements: Tensor, place: int, size: int) -> str:
-    return f"0x{int(elements[place]) & ((1 << (8 * size)) - 1):0{2 * size}x}"
-
-
 def _same_forms(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    _same_names(found, expected, what)
+    same_names(found, expected, what)
     for name, tensor in expected.items():
         one, other = (found[name].shape, found[name].dtype), (tensor.shape, tensor.dtype)
         if one != other:
@@ -271,7 +249,7 @@ def _placed_group(example: Example, group: Group, made: Mapping[str, Tensor]) ->
         raise PropertyError(f"{wanted[0].name} has a shape that its rule does not fit: {err}") from None
     for named in wanted:
         tensor = expected[place_of(named)]
-        _compare(named.name, made[named.name], tensor.view(dtype) if dtype != torch.bool else tensor.bool(), True)
+        compare(named.name, made[named.name], tensor.view(dtype) if dtype != torch.bool else tensor.bool(), True)
 
 
 def _on_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -90,6 +90,8 @@ class Placement:
         match part:
             case tree.Axis(size=1):
                 return tensor.select(at, 0), at
+            case tree.Pad(axis=axis):
+                return tensor.narrow(at, 0, self._size(axis)), at + 1
             case tree.Sum(terms=terms):
                 term = path.pop(0)
                 before = sum(self._size(t) for t in terms[:term])

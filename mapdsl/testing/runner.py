@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mapdsl.language.diagnostics import MapError
+from mapdsl.testing.comparing import PropertyError
 from mapdsl.testing.configs import flat, nested
-from mapdsl.testing.properties import PROPERTIES, PropertyError
+from mapdsl.testing.properties import PROPERTIES, properties_for
 from mapdsl.testing.suite import Example, Suite
 
 _SHRINKS = 150
@@ -83,7 +84,7 @@ def run(suite: Suite, *, config: Mapping[str, Any] | None = None, examples: int 
 
     A property that failed is not tried again. MapError where no example can be drawn.
     """
-    report = Report([Row(name) for name in PROPERTIES])
+    report = Report([Row(name) for name in properties_for(suite)])
     shrinker = _Shrinker(suite, fixed=config is not None)
     for number in range(examples):
         own = f"{seed}.{number}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,6 +130,15 @@ def made_names(expansion: Expansion, state: State, *, quantization: bool) -> dic
                     ties.append((named.name, twin))
     made |= {name: None for name, twin in ties if twin in made}
     return made
+
+
+def made_anyway(expansion: Expansion, side: str) -> Iterator[tuple[Group, Named]]:
+    """What a conversion to a side makes of nothing, though a state of it may lack it: optional constants and ties."""
+    for number, rule in enumerate(expansion.map.rules):
+        if rule.value is not None and rule.optional and rule.side(side) and rule.arrow == "<->":
+            for match in expansion.matches(number):
+                group = Group(match, rule, expansion.sizes(match), [])
+                yield from ((group, named) for named in expansion.names(match, side))
 
 
 def tied_name(rule: ir.Rule, match: Match) -> str | None:

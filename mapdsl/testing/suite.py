@@ -27,6 +27,7 @@ from mapdsl.language import tree
 from mapdsl.language.diagnostics import error
 from mapdsl.map import Map, load
 from mapdsl.testing.configs import ContradictionError, Drawn, draw_config, expanded, nested
+from mapdsl.testing.cuts import Cuts, free_multiples
 from mapdsl.testing.drawing import Drawer
 from mapdsl.testing.readers import Readers
 from mapdsl.testing.states import State
@@ -62,8 +63,6 @@ class Suite:
     def __init__(self, tested: Map, adapter: type[Any] | None = None, params: Mapping[str, Any] | None = None) -> None:
         self.map = tested
         self.checked = tested.checked
-        if self.checked.map.meshes:
-            raise error("N113", "maps with a mesh cannot be tested yet", self.checked.map.meshes[0].span)
         self.adapter = adapter or tested.adapter_class
         self.params = dict(params or {})
 
@@ -129,6 +128,7 @@ class Example:
         self.rng = Random(f"states {seed}")
         self.dtype = self.rng.choice([torch.bfloat16, torch.bfloat16, torch.float32])
         self.readers = Readers(self.expansion)
+        self.multiples = free_multiples(self.expansion, Random(f"ranks {seed}"))
         self.left = self._drawer(self.rng).state("left")
         self._check_answers()
         self.right = self._drawer(self.rng).state("right")
@@ -139,7 +139,7 @@ class Example:
         return self.suite.checked
 
     def _drawer(self, rng: Random) -> Drawer:
-        return Drawer(self.expansion, self.readers, rng, self.dtype, quick=self.quick)
+        return Drawer(self.expansion, self.readers, rng, self.dtype, quick=self.quick, multiples=self.multiples)
 
     def _check_answers(self) -> None:
         """Every `has(...)` must be answered by the left state as it was when the states were drawn."""
@@ -173,6 +173,11 @@ class Example:
         """The left state of the right one, unquantised where the map allows it."""
         source = Counted(self.right.tensors())
         return self.adapter(answered=True).write(source, quantization=False, dtype=self.dtype), source
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """The numbers of ranks that its states can be cut over, and the shares."""
+        return Cuts(self)
 
     @cached_property
     def ordinary_right(self) -> State:
