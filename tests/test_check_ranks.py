@@ -179,3 +179,46 @@ def test_ranks_that_there_are_not(
     assert ended.value.code == status
     captured = capsys.readouterr()
     assert message in captured.out + captured.err
+
+
+PADDED = """map padded: hf <-> native
+
+param V = vocab
+
+mesh pp shards s
+mesh tp shards V
+
+wte.weight [V d] <-> emb.weight [pad(V, 4*size(tp)) d] where rank(pp) == 0
+ln.weight [d] <-> norm.weight where rank(pp) == size(pp) - 1
+x.weight [s d] <-> x.weight
+"""
+
+
+def test_what_is_padded_is_rounded_up_before_it_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "padded.map"
+    file.write_text(PADDED)
+    words = ["--param", "V=11", "--tp", "4"]
+    assert main(["check", str(file), *words]) == 0
+    assert main(["explain", str(file), "emb.weight", *words, "--rank", "2"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[-2:] == ["hf: wte.weight[8:11, :]", "native: emb.weight[8:12, :]"]
+    assert "where       rank(pp) == 0" in lines
+    assert main(["explain", str(file), "emb.weight", *words, "--rank", "3"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[-2:] == ["hf: wte.weight[nothing, :]", "native: emb.weight[12:16, :]"]
+
+
+def test_what_stands_in_padding_is_not_promised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "padded.map"
+    file.write_text(PADDED)
+    assert main(["laws", str(file)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "wte.weight" in line)
+    assert line.split()[-10:] == ["bit", "bit", "lossy", "what", "stands", "in", "padding", "is", "not", "kept"]
+
+
+@pytest.mark.parametrize(("guard", "holds"), [("rank(pp) >= size(pp)", False), ("rank(pp) == size(pp) - 1", True)])
+def test_ranks_are_numbered_from_0(tmp_path: Path, capsys: pytest.CaptureFixture[str], guard: str, holds: bool) -> None:
+    file = tmp_path / "padded.map"
+    file.write_text(PADDED.replace("rank(pp) == 0", guard))
+    assert main(["check", str(file)]) == (0 if holds else 1)
+    assert ("K208" in capsys.readouterr().out) is not holds

@@ -65,7 +65,16 @@ def rule_law(rule: ir.Rule, layout: Layout) -> RuleLaw:
     left = [*common, *_trip(rule.left, rule.right, whole, True)]
     bare = [*common, *_trip(rule.left, rule.right, whole, False)]
     right = [*common, *_trip(rule.right, rule.left, whole, True)]
+    if not layout.is_rename:  # a rename keeps its padding
+        left, bare, right = ([*_padding(layout, s), *g] for s, g in ((0, left), (0, bare), (1, right)))
     return RuleLaw(rule, meet(left), meet(bare), meet(right))
+
+
+def _padding(layout: Layout, side: int) -> Iterator[Grade]:
+    """What stands in padding is not looked at, and is written as zeros."""
+    shapes = (shape for shape in layout.shapes[side] if shape is not None)
+    if any(isinstance(dimension, tree.Pad) for shape in shapes for dimension in shape.dimensions):
+        yield Grade("lossy", "what stands in padding is not kept")
 
 
 def _trip(

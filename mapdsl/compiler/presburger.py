@@ -98,7 +98,7 @@ class Translator:
             case tree.Operation(operator=symbol):
                 return symbol in _ARITHMETIC
             case tree.Call(function=function):
-                return function in ("len", "size")
+                return function in ("len", "size", "rank")
             case _:
                 return isinstance(expr, tree.Number)
 
@@ -205,6 +205,10 @@ class Translator:
             case tree.Call(function="size"):
                 size = self._variable("call", show(expr))
                 return Term(size, (at_least(size, 1),))
+            case tree.Call(function="rank", arguments=(mesh,)):
+                place = self._variable("call", show(expr))
+                size = self._variable("call", f"size({show(mesh)})")
+                return Term(place, (at_least(place, 0), at_least(size - place, 1)))
             case tree.Has():
                 holds = self._variable("has", show(expr))
                 return Term(holds, (at_least(holds, 0), at_least(-holds, -1)))

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from mapdsl.compiler import ir
-from mapdsl.compiler.expand import Expansion, Match, pads_of
+from mapdsl.compiler.expand import Expansion, Match, alone, pads_of
 from mapdsl.compiler.shapes import name_axes
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic, error
 from mapdsl.language.source import Span
 from mapdsl.runtime.codecs.storage import BlockStorage
-from mapdsl.runtime.shares import Held, How, joined, nested, share, whole
+from mapdsl.runtime.shares import Held, How, clipped, joined, nested, share, whole
 
 _KEEPING_VALUES = ("raw", "cast", "add", "neg_exp")  # codecs without scales: their tensors are cut anywhere
 
@@ -42,6 +42,7 @@ class Sharding:
     expansion: Expansion
     ranks: Mapping[str, int]
     _axes: dict[str, tuple[str, tree.MeshAxis]] = field(init=False, repr=False)
+    _pads: dict[str, tree.Pad] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         meshes = {mesh.name: mesh for mesh in self.expansion.map.meshes}
@@ -49,6 +50,7 @@ class Sharding:
             if name not in meshes:
                 known = ", ".join(f"`{mesh}`" for mesh in meshes)
                 raise error("N113", f"the map has no mesh `{name}`", help=f"it has {known or 'none'}")
+        self._pads = {pad.axis.name or "": pad for pad in pads_of(self.expansion.map)}
         self._axes = {axis.name: (name, axis) for name, mesh in meshes.items() for axis in mesh.axes}
 
     def problems(self) -> list[Diagnostic]:
@@ -93,8 +95,8 @@ class Sharding:
         None where a size is not known, or an axis does not divide.
         """
         match dimension:
-            case tree.Pad():
-                return None  # its size depends on the ranks, and is cut after it is rounded up
+            case tree.Pad(axis=axis):
+                return self._of_padding(axis.name or "", sizes, rank)
             case tree.Axis(size=int(size)):
                 return whole(size)
             case tree.Axis(name=name):
@@ -143,8 +145,23 @@ class Sharding:
             return None
         if count == 1:
             return whole(size)
+        if name in self._pads:  # it is rounded up, then cut
+            held = self._of_padding(name, sizes, rank)
+            return None if held is None else Held(size, clipped(held.runs, size))
         mesh, axis = self._axes[name]
         return share(size, count, rank.get(mesh, 0), how(axis))
+
+    def _of_padding(self, name: str, sizes: Mapping[str, int], rank: Mapping[str, int]) -> Held | None:
+        """What is held of an axis with its padding."""
+        size = sizes.get(name)
+        if size is None:
+            return None
+        values = {**self.expansion.params, **alone(self.expansion.map)}
+        values |= {f"size({mesh})": count for mesh, count in self.ranks.items()}
+        multiple = self.expansion.evaluate(self._pads[name].multiple, values)
+        rounded = -(-size // multiple) * multiple
+        mesh = self._axes[name][0] if name in self._axes else ""
+        return share(rounded, self._ranks_of(name), rank.get(mesh, 0))
 
     def _of_names(self) -> Iterator[Diagnostic]:
         """P453 for an index, of experts say, whose positions do not divide."""
@@ -177,10 +194,7 @@ class Sharding:
 
     def _of_tensor(self, tensor: ir.Tensor, shape: tree.Shape, sizes: Mapping[str, int]) -> Iterator[Diagnostic]:
         cut = self._cut_axes(*shape.dimensions)
-        # A padded axis is rounded up before it is cut, and ranks are what it is rounded up for.
-        padded = {pad.axis.name for pad in pads_of(self.expansion.map)}
-        counted = [name for name in cut if name in sizes and name not in padded]
-        undivided = [name for name in counted if self._of_axis(name, sizes, {}) is None]
+        undivided = [name for name in cut if name in sizes and self._of_axis(name, sizes, {}) is None]
         for name in undivided:
             yield self._uneven(name, sizes[name], tensor.span)
         if not undivided and cut:

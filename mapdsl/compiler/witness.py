@@ -243,7 +243,7 @@ def _mentions(expr: Expr, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]
                     yield show(expr), value
             case tree.Lookup(value=items, index=index):
                 yield f"{show(items)}[{evaluate(index, values)}]", evaluate(expr, values)
-            case tree.Call(function="len" | "size"):
+            case tree.Call(function="len" | "size" | "rank"):
                 yield show(expr), evaluate(expr, values)
             case tree.Operation(operator="in", operands=(_, items)) if not isinstance(items, tree.ListLiteral):
                 yield show(items), evaluate(items, values)

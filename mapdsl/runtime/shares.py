@@ -79,6 +79,11 @@ def share(size: int, ranks: int, rank: int, how: How = "evenly") -> Held | None:
     return Held(size, ((begin, end),) if begin < end else ())
 
 
+def clipped(runs: Iterable[Run], size: int) -> tuple[Run, ...]:
+    """Those positions of some runs that come before a size."""
+    return tuple((begin, min(end, size)) for begin, end in runs if begin < size)
+
+
 def nested(outer: Held, inner: Held) -> Held:
     """What is held of `(outer inner)`: of each outer position that is held, the inner ones that are."""
     size = outer.size * inner.size

@@ -37,7 +37,8 @@ class BlockKernel:
         self.element, self.grid, self.factors, self.dtype = element, grid, factors, dtype
         elements = grid.elements[0] * grid.elements[1] * grid.elements[2] * element.per
         self.kernels = compiled_kernels(element, dtype, factors.scale.device, elements)
-        self._tables: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0, device=factors.scale.device))
+        nothing = torch.empty(0, device=factors.scale.device)
+        self._tables: tuple[tuple[int, ...], Tensor, Tensor] = (), nothing, nothing
 
     def decode(self, codes: Matrices, values: Tensor, skip: int = 0) -> None:
         """Write the logical values, a tensor `[matrices, rows, columns]` of `dtype` that may be any view.
@@ -203,16 +204,14 @@ class BlockKernel:
             first = tile.grid_row - tile.grid_row % bands if tile.bands == 1 else tile.grid_row
             ahead = tile._replace(grid_row=first, bands=min(bands, rows - first), grid_column=0, groups=columns)
         wanted = (ahead.matrix, ahead.grid_row, ahead.bands, ahead.grid_column, ahead.groups)
-        made_for, table = self._tables
+        made_for, table, starts = self._tables
         if made_for != wanted:
             table = element.table(self.factors.of(ahead).flatten(), self.dtype)
-            self._tables = wanted, table
-        down, right = (
-            torch.arange(count, dtype=torch.int32, device=table.device) for count in (tile.bands, tile.groups)
-        )
-        places = (down[:, None] + tile.grid_row - ahead.grid_row) * ahead.groups + right + tile.grid_column
-        places -= ahead.grid_column
-        return table, _over(places * 256)
+            starts = torch.arange(0, len(table), 256, dtype=torch.int32, device=table.device)
+            starts = starts.view(ahead.bands, ahead.groups)
+            self._tables = wanted, table, starts
+        down, right = tile.grid_row - ahead.grid_row, tile.grid_column - ahead.grid_column
+        return table, _over(starts[down : down + tile.bands, right : right + tile.groups])
 
     def _write(self, tile: Tile, values: Tensor, out: Tensor) -> Tensor:
         """Write the codes of a tile's values, both `[rows, columns]`, to `out`."""
