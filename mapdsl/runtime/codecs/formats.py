@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.storage import DTYPES
-from mapdsl.runtime.codecs.tiles import strips
+from mapdsl.runtime.codecs.tiles import STRIP_ELEMENTS, strips
 
 DTYPE_BY_NAME: dict[str, torch.dtype] = {
     "f32": torch.float32,
@@ -27,6 +27,9 @@ DTYPE_BY_SPELLING = {DTYPES[word]: dtype for word, dtype in DTYPE_BY_NAME.items(
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _INTEGER_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Elements that are looked at together: of a tile all, also where a byte has two.
+_AT_ONCE = 2 * STRIP_ELEMENTS
 
 # Explicit mantissa bits of the IEEE-like formats, which have a sign bit first and NaNs at the highest exponent.
 _MANTISSA_BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10, torch.float8_e5m2: 2}
@@ -85,7 +88,8 @@ def _largest_magnitude(tensor: Tensor) -> int:
     if tensor.is_meta or not tensor.numel():
         return -1
     magnitude = (1 << (tensor.element_size() * 8 - 1)) - 1
-    return max(int((as_bits(tensor[strip]) & magnitude).max()) for strip in strips(tuple(tensor.shape)))
+    some = strips(tuple(tensor.shape), _AT_ONCE)
+    return max(int((as_bits(tensor[strip]) & magnitude).max()) for strip in some)
 
 
 def exact_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
