@@ -15,10 +15,10 @@ from mapdsl.runtime.codecs.tiles import BlockGrid, covering, strips
 from mapdsl.testing.bits import random_bits
 
 BLOCKS = [(1, 4), (3, 4), (2, None), (None, 8), (None, None), (40, 16), (1, 1), (7, 5)]
-SIZES = st.sampled_from([1, 2, 3, 5, 8, 33])
+SIZES = st.sampled_from([1, 2, 3, 5, 8])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     shape=st.lists(SIZES, min_size=1, max_size=4),
     order=st.permutations(range(4)),
@@ -43,6 +43,7 @@ def test_tiles(
     stored = random_bits(torch.Generator().manual_seed(1), tuple(step * whole[dim] for dim in order), dtype)
     tensor = stored[tuple(slice(None, None, step) for _ in order)].permute([order.index(d) for d in range(len(whole))])
     assert list(tensor.shape) == whole
+    strip = max(strip, tensor.numel() // 64)  # no more tiles than that, or some
     copied = tensor.clone(memory_format=torch.contiguous_format).view(-1).view(tensor.shape)
     plain = copied.view(torch.uint8 if trail == "words" else torch.int16)
     if trail == "blocks":
