@@ -14,11 +14,11 @@ from mapdsl.runtime.codecs.matrices import Matrices
 from mapdsl.runtime.codecs.tiles import BlockGrid, covering, strips
 from mapdsl.testing.bits import random_bits
 
-BLOCKS = [(1, 4), (3, 4), (2, None), (None, 8), (None, None), (40, 16), (1, 1), (7, 5)]
+BLOCKS = [(1, 4), (3, 4), (2, None), (None, 8), (None, None), (40, 16), (1, 1), (7, 5), (3, 7)]
 SIZES = st.sampled_from([1, 2, 3, 5, 8])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(
     shape=st.lists(SIZES, min_size=1, max_size=4),
     order=st.permutations(range(4)),
