@@ -352,3 +352,29 @@ def test_what_no_rank_is_to_hold_is_told(tmp_path: Path, capsys: pytest.CaptureF
     words = ["--map", str(file), "--to", "native", "--pp", "2:1"]
     assert main(["convert", str(tmp_path / "two"), str(tmp_path / "x"), *words]) == 0
     assert "dropped, as by the map no rank of the destination holds them: b" in capsys.readouterr().out
+
+
+def test_padding_is_zeros_in_every_strip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor is put together strip by strip, in one piece of memory: what one strip held is not in the next."""
+    monkeypatch.setattr("mapdsl.checkpoint.gathering.STRIP_BYTES", 64)
+    map_ = map_of("param V\nmesh tp shards V\nwte [V d] <-> emb [pad(V, 64*size(tp)) d]\n")
+    adapter = map_.adapter(None, V=200)
+    state = {"wte": drawn((200, 3))}
+    save_file(state, str(tmp_path / "model.safetensors"))
+    options = {"params": {"V": 200}}
+    convert_ranks(tmp_path / "model.safetensors", tmp_path / "four", map_, ranks={"tp": (1, 4)}, **options)
+    convert_ranks(tmp_path / "four", tmp_path / "two", map_, ranks={"tp": (4, 2)}, to="native", **options)
+    native = adapter.from_hf(state)
+    for rank in places(adapter, {"tp": 2}):
+        assert_same(loaded(tmp_path / "two" / rank_folder(rank)), adapter.shard(native, {"tp": 2}, rank))
+
+
+@pytest.mark.parametrize("to", ["native", "hf"])
+def test_ranks_of_two_dtypes(cut: Path, tmp_path: Path, to: str) -> None:
+    broken = Path(shutil.copytree(cut, tmp_path / "broken"))
+    file = broken / "tp-1" / "model.safetensors"
+    state = load_file(str(file))
+    name = "layers.1.v1.weight"
+    save_file({**state, name: state[name].to(torch.float16)}, str(file))
+    found = refused(broken, tmp_path / "there", MAP, ranks={"tp": (4, 2 if to == "native" else 1)}, to=to)
+    assert found.startswith(f"R606: {name}: {name} of rank 1 is torch.float16, of rank 0 torch.bfloat16")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mapdsl.checkpoint.file_writing import copy_range, write_tensor
 from mapdsl.runtime.assembling import assembled, compare_replicas, part_of
+from mapdsl.runtime.codecs.strided import copy_strided
 from mapdsl.runtime.resharding import Made, Source
 
 if TYPE_CHECKING:
@@ -56,11 +57,7 @@ class Pieces:
     def _lies_in_one_run(self, source: Source) -> bool:
         """Whether a piece is a run of the bytes of the tensor, and of the one that it comes from."""
         held = self.states[source.rank].checkpoint.tensors[source.name].shape
-        is_whole = len(self.made.sources) == 1 or math.prod(self.made.shape) == self._filled()
-        return is_whole and _is_run(source.box, self.made.shape) and _is_run(source.source_box, held)
-
-    def _filled(self) -> int:
-        return sum(math.prod(end - first for first, end in source.box) for source in self.made.sources)
+        return self.made.is_filled and _is_run(source.box, self.made.shape) and _is_run(source.source_box, held)
 
     def _offset(self, source: Source) -> int:
         """How many elements of the tensor come before a piece."""
@@ -78,6 +75,8 @@ class Pieces:
         parts = [part_of(self.states[source.rank][source.name], source.source_box) for source in self.made.sources]
         for first in range(0, rows, count):
             strip = scratch[: min(count, rows - first)]
+            if first and not self.made.is_filled:
+                strip.zero_()  # what the strip before held is no padding
             for source, part in zip(self.made.sources, parts, strict=True):
                 _fill(strip, first, source, part)
             write_tensor(path, begin + first * width, strip)
@@ -89,10 +88,7 @@ def _fill(strip: Tensor, first: int, source: Source, part: Tensor) -> None:
     begin, end = max(top, first), min(bottom, first + strip.shape[0])
     if begin < end:
         place = part_of(strip, ((begin - first, end - first), *others))
-        place.view(_WIDTHS[strip.itemsize]).copy_(part[begin - top : end - top].view(_WIDTHS[strip.itemsize]))
-
-
-_WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        copy_strided(place, part[begin - top : end - top])
 
 
 def _is_run(box: Sequence[tuple[int, int]], shape: Sequence[int]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,10 +9,9 @@ from torch import Tensor
 
 from mapdsl.runtime.codecs.storage import Box
 from mapdsl.runtime.codecs.strided import copy_strided
-from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.fitting import same_bytes
 from mapdsl.runtime.partial import scaled
-from mapdsl.runtime.resharding import Made, Source
+from mapdsl.runtime.resharding import Made
 
 
 def assembled(
@@ -30,7 +28,7 @@ def assembled(
     if not own and len(made.sources) == 1 and made.sources[0].box == tuple((0, size) for size in made.shape):
         out = part_of(states[made.sources[0].rank][made.sources[0].name], made.sources[0].source_box)
     else:
-        out = _put_together(name, made, states, model)
+        out = _put_together(made, states, model)
     if compare:
         compare_replicas(name, made, states)
     return scaled(out, *made.scale)
@@ -42,27 +40,18 @@ def compare_replicas(name: str, made: Made, states: Sequence[Mapping[str, Tensor
     for replica in made.replicas:
         source = first[replica.box]
         one, other = (part_of(states[part.rank][part.name], part.source_box) for part in (source, replica))
-        _check_dtype(name, source, one, replica, other)
         if not one.is_meta:
             what = f"what another rank holds ({replica.name} of rank {replica.rank})"
             same_bytes(name, one, other.to(one.device), what, "R602")
 
 
-def _put_together(name: str, made: Made, states: Sequence[Mapping[str, Tensor]], model: Tensor) -> Tensor:
-    filled = sum(math.prod(end - begin for begin, end in source.box) for source in made.sources)
-    make = torch.empty if filled == math.prod(made.shape) else torch.zeros
+def _put_together(made: Made, states: Sequence[Mapping[str, Tensor]], model: Tensor) -> Tensor:
+    make = torch.empty if made.is_filled else torch.zeros
     out = make(made.shape, dtype=model.dtype, device=model.device)
     for source in made.sources:
         part = part_of(states[source.rank][source.name], source.source_box)
-        _check_dtype(name, made.sources[0], model, source, part)
         copy_strided(part_of(out, source.box), part.to(out.device))
     return out
-
-
-def _check_dtype(name: str, first: Source, one: Tensor, source: Source, other: Tensor) -> None:
-    if one.dtype != other.dtype:
-        message = f"{name}: {source.name} of rank {source.rank} is {other.dtype}, of rank {first.rank} {one.dtype}"
-        raise ConversionError("R606", message)
 
 
 def part_of(tensor: Tensor, box: Box) -> Tensor:

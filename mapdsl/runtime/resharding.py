@@ -8,6 +8,7 @@ boxes from that (`assembly`). Sizes that no config tells are read off the shapes
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -55,6 +56,12 @@ class Made:
     replicas: tuple[Source, ...] = ()
     value: tuple[int, ...] | None = None
     scale: tuple[int, int] = (1, 1)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether the sources fill all of it: nothing of it is padding."""
+        filled = sum(math.prod(end - begin for begin, end in source.box) for source in self.sources)
+        return filled == math.prod(self.shape)
 
 
 @dataclass
@@ -171,7 +178,16 @@ class Resharding:
             if (other.storage, other.shown.pattern) != (first.storage, first.shown.pattern):
                 message = f"{name} is stored as {first.storage.name} by one rank, as {other.storage.name} by another"
                 raise ConversionError("R606", message)
+            self._check_dtypes(first, other)
         return Cut(name, holders, self._source_places)
+
+    def _check_dtypes(self, first: Holder, other: Holder) -> None:
+        """R606 where a part has another dtype on another rank: their bytes cannot be put together."""
+        for role, part in other.parts.items():
+            mine, theirs = self._states[first.rank][first.parts[role]].dtype, self._states[other.rank][part].dtype
+            if mine != theirs:
+                message = f"{part} of rank {other.rank} is {theirs}, of rank {first.rank} {mine}"
+                raise ConversionError("R606", f"{first.parts[role]}: {message}")
 
 
 @dataclass
