@@ -122,7 +122,8 @@ def test_a_rank_that_is_not_the_first_leaves_other_commands_to_it(
         monkeypatch.setenv("RANK", rank)
         assert main(["maps"]) == 0
         assert main(["--help"]) == 0
-        assert main(["maps", "--nonsense"]) == 2
+        # A launcher kills all at the first failure, which must not be of a rank that does not tell.
+        assert main(["maps", "--nonsense"]) == (2 if rank == "0" else 0)
         said.append(capsys.readouterr())
     assert said[0].out and said[0].err and not said[1].out and not said[1].err
 

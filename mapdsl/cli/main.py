@@ -95,6 +95,8 @@ def _run(words: list[str]) -> int:
                 commands[arguments.command].refuse(unknown)
     except SystemExit as end:  # argparse's way to end after --help, --version and usage errors
         flush()
+        if is_spare(os.environ):
+            return OK  # a launcher kills all at the first failure, also the rank that tells of this one
         return end.code if isinstance(end.code, int) else BAD_USAGE
     if is_spare(os.environ, arguments.command):
         return OK
