@@ -101,7 +101,7 @@ axes = st.one_of(
 
 
 def _sums(factors: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return node(tree.Sum, tuples_of(node(tree.Product, tuples_of(factors, 1, 3)), 2, 3))
+    return node(tree.Sum, tuples_of(node(tree.Product, tuples_of(factors, 1, 3), st.booleans()), 2, 3))
 
 
 factors = st.recursive(axes, lambda inner: _sums(inner), max_leaves=5)

@@ -22,6 +22,8 @@ ALLOWED = {
         "resources",
         "runtime.sizes",
         "runtime.shares",
+        "runtime.part_shares",
+        "runtime.place",
         "runtime.codecs.likeness",
         "runtime.codecs.storage",
         "runtime.codecs.integer_storage",

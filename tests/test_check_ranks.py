@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
+import mapdsl
 from mapdsl.cli.main import main
+from mapdsl.runtime.errors import ConversionError
 
 MAP = """map attention: hf <-> native
 
@@ -70,6 +74,44 @@ def test_a_block_as_long_as_its_dimension_is_cut_with_it(tmp_path: Path) -> None
     """Every rank has the scales of its rows, whichever of their columns it holds."""
     text = MAP.replace("] as fp8", "]")
     assert check(tmp_path, "tp=32", text=text) == 0
+
+
+@pytest.mark.parametrize(
+    ("codec", "shape", "message"),
+    [
+        # Bytes hold two elements, though one scale is for all of a row.
+        (
+            "block_scaled(f4e2m1, block=1x*)",
+            "d h",
+            "a share ends at position 3 of a dimension, within a block of 2",
+        ),
+        (
+            "block_scaled(f4e2m1, block=1x4)",
+            "d h",
+            "a share ends at position 3 of a dimension, within a block of 4",
+        ),
+        ("block_scaled(f4e2m1, block=1x4)", "h d 16", ""),
+        ("group_int(bits=8, groups=1)", "h d 16", "a tensor stored as few cannot be cut over ranks"),
+    ],
+)
+def test_what_a_format_stores_as_one(
+    codec: str, shape: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`check` refuses what the runtime does, in the same words."""
+    text = "map m: hf <-> native\nparam h = heads\nparam d = width\nmesh tp shards h\n"
+    text += f"codec few = {codec}\nw [{shape}] as few <-> v [{shape}] as few\n"
+    file = tmp_path / "m.map"
+    file.write_text(text)
+    words = [str(file), "--param", "h=12", "--param", "d=8", "--tp", "4"]
+    assert main(["check", *words]) == bool(message)
+    assert message in capsys.readouterr().out
+    adapter = mapdsl.load(file).adapter(None, h=12, d=8)
+    (shown,) = adapter.list_shares("hf", {}).shown
+    sizes = {"h": 12, "d": 8, "16": 16}
+    state = shown.stored[0].encode("w", torch.randn([sizes[axis] for axis in shape.split()])).parts
+    refuses = pytest.raises(ConversionError, match=message) if message else nullcontext()
+    with refuses:
+        adapter.shard(state, {"tp": 4}, {"tp": 1}, side="hf")
 
 
 @pytest.mark.parametrize("how", ["unevenly", "by ceil"])

@@ -152,6 +152,18 @@ def test_file_cut_after_opening(tmp_path: Path) -> None:
         LazyState(checkpoint)["a"]
 
 
+def test_file_cut_while_it_is_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write(path, ("a", "U8", [3], b"abc"), ("b", "U8", [2], b"de"))
+    state = LazyState(open_checkpoint(path))
+    assert raw(state["a"]) == b"abc"
+    os.truncate(path, path.stat().st_size - 1)  # the rest of a page would be read as zeros
+    with pytest.raises(MapError, match="tensor `b` ends at byte"):
+        state["b"]
+    path.unlink()  # the map holds it
+    assert raw(state["a"]) == b"abc"
+
+
 def test_listing_has_meta_tensors_only() -> None:
     state = LazyState(open_checkpoint(LISTINGS / "deepseek_v4_flash.list"))
     with pytest.raises(MapError, match=r"tensor `embed\.weight` has no data here"):

@@ -169,6 +169,7 @@ BAD_INPUT = [
     (["check", "good.map", "--config", "deep.json"], "nested too deeply"),
     (["check", "good.map", "--config", MEGABYTE], "error[C507]"),
     (["check", "good.map", "--config", "list.json"], "a JSON list, expected an object"),
+    (["check", "good.map", "--config", "null.json"], "a JSON null, expected an object"),
     (["check", "good.map", "--param", "Q=1"], "error[N111]: the map has no param `Q`"),
     (["check", "good.map", "--param", f"{MEGABYTE}=1"], "error[N111]"),
     (["check", "good.map", "--param", "L=-1"], "error[C505]"),
@@ -212,6 +213,7 @@ def test_bad_input_is_status_1(words: list[str], told: str, good: Path, capsys: 
     (good / "mega.map").write_text(f"map mega: hf <-> native\n\n{MEGABYTE} <-> b\n")
     (good / "deep.json").write_text("[" * 100_000)
     (good / "list.json").write_text("[1]")
+    (good / "null.json").write_text("null")
     (good / "bare.json").write_text("{}")
     (good / "folder.map").mkdir()
     before = sorted(p.name for p in good.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -148,23 +149,31 @@ def test_as_many_threads_as_torch_would_use(threads: int) -> None:
 
 
 FORKED = """
-import os, torch
+import os, sys, torch
 from mapdsl.runtime.codecs.block_scaled import BlockScaled
 torch.set_num_threads(2)
 codec = BlockScaled("c", "f8e4m3", (128, 128))
 values = torch.randn(1024, 1024).bfloat16()
-# Where a process has forked, operators of torch that run on several threads wait for ever.
-before = codec.encode("w", values).parts["w"].view(torch.uint8).numpy().tobytes()
+
+def encoded():
+    return codec.encode("w", values).parts["w"].view(torch.uint8).numpy().tobytes()
+
+before = encoded() if sys.argv[1] == "after work" else None
 if os.fork():
     os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
-after = codec.encode("w", values).parts["w"].view(torch.uint8).numpy().tobytes()
-os._exit(0 if before == after else 1)
+if before is None:
+    os._exit(0 if torch.get_num_threads() == 2 else 1)
+os._exit(0 if before == encoded() and torch.get_num_threads() == 1 else 1)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
-def test_a_forked_process_has_threads_of_its_own() -> None:
-    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
+@pytest.mark.parametrize("when", ["before work", "after work"])
+@pytest.mark.parametrize("wish", ["torch", "auto"])
+def test_a_process_forked_after_work_has_one_thread(wish: str, when: str) -> None:
+    """It has none of its parent's, for which torch's operators would wait for ever. Before that all is as it was."""
+    environment = {**os.environ, "MAPDSL_KERNELS": wish}
+    subprocess.run([sys.executable, "-c", FORKED, when], check=True, timeout=60, env=environment)
 
 
 # --- memory ---

@@ -13,6 +13,7 @@ from conversions import MAP, NAME, change_json, contents, only, renames, tiny_co
 
 import mapdsl
 from mapdsl.checkpoint import writer as writer_module
+from mapdsl.checkpoint.journal import Journal
 from mapdsl.cli.main import main
 from mapdsl.demo import random_state
 from mapdsl.language.diagnostics import MapError
@@ -46,6 +47,21 @@ def test_a_truncated_shard(tmp_path):
     found = refused(source, tmp_path / "out")
     assert (found.code, found.subject) == ("C507", str(shard))
     assert "the file is cut short" in found.help
+
+
+def test_a_shard_that_is_cut_while_it_is_converted(tmp_path, monkeypatch):
+    source = write_tiny(tmp_path / "source")
+    shard = sorted(source.glob("*.safetensors"))[1]
+    add = Journal.add
+
+    def cutting(self, record):
+        add(self, record)
+        os.truncate(shard, min(shard.stat().st_size, 20_000))
+
+    monkeypatch.setattr(Journal, "add", cutting)
+    found = refused(source, tmp_path / "out", workers=1)
+    assert (found.code, found.subject) == ("C507", str(shard))
+    assert found.message.endswith("found 20,000")
 
 
 def test_an_index_that_names_a_missing_file(tmp_path):

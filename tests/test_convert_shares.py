@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mapdsl.checkpoint import rank_layouts
 from mapdsl.checkpoint.convert_ranks import convert_ranks
 from mapdsl.checkpoint.files import leaves_folder
 from mapdsl.checkpoint.journal import partial_folder
 from mapdsl.checkpoint.rank_files import RANKS_FILE, open_rank_files, rank_folder
+from mapdsl.cli import rank_options
 from mapdsl.cli.main import main
 from mapdsl.language.diagnostics import MapError
 from mapdsl.runtime.resharding import places
@@ -284,6 +286,11 @@ def test_files_for_others(made: Made, cut: Path, tmp_path: Path, layout: str, ra
     assert size < 2 * sum(tensor.nbytes for tensor in made.native.values()) + 400_000
     convert_ranks(there, tmp_path / "hf", MAP, ranks={}, to="hf", params=SIZES)
     made.assert_holds(tmp_path / "hf", {}, "hf")
+
+
+def test_the_command_knows_all_layouts() -> None:
+    """Its parser has names of its own, as the layouts need torch."""
+    assert tuple(rank_layouts.LAYOUTS) == rank_options.LAYOUTS
 
 
 def test_what_stands_in_the_files_of_deepspeed(made: Made, cut: Path, tmp_path: Path) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conversions import MAP, assert_same_files, only, renames, write_state, write_tiny
+from conversions import MAP, assert_same_files, only, write_state, write_tiny
 from spoiling import state_of
+from wrong_writing import flip_byte, left_over, refused, spoil_writing, stop_after
 
 import mapdsl
 from mapdsl.checkpoint import checker, engine, following, writer
 from mapdsl.checkpoint.checkpoint import open_checkpoint
-from mapdsl.checkpoint.journal import Journal, partial_folder
+from mapdsl.checkpoint.journal import partial_folder
 from mapdsl.checkpoint.sidecar import SIDE_FILE, SideWriter
 from mapdsl.checkpoint.strict import BackChecker
 from mapdsl.checkpoint.writer import CheckpointWriter
@@ -38,47 +38,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mapdsl.convert(folder / "source", folder / "there", MAP)
     mapdsl.convert(folder / "there", folder / "back", MAP)
     return folder
-
-
-def flip_byte(path: Path, place: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ 1]))
-
-
-def spoil_writing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Change a byte of one tensor in its file, as soon as it is written, however that is done."""
-
-    def spoiled(method: Callable[..., Any]) -> Callable[..., Any]:
-        def changed(self: CheckpointWriter, given: str, *rest: Any) -> Any:
-            result = method(self, given, *rest)
-            stored = self._places[given]
-            if given == name:
-                flip_byte(self._folder / stored.file, stored.begin + stored.nbytes // 2)
-            return result
-
-        return changed
-
-    for way in ("write", "copy", "viewed"):
-        monkeypatch.setattr(CheckpointWriter, way, spoiled(getattr(CheckpointWriter, way)))
-
-
-def left_over() -> list[threading.Thread]:
-    """Threads of a conversion; those of the codecs stay for the next one."""
-    mine = (thread for thread in threading.enumerate() if thread.name.startswith("mapdsl"))
-    return [thread for thread in mine if not thread.name.startswith("mapdsl-codecs")]
-
-
-def refused(source: Path, destination: Path, **options: Any) -> Any:
-    """The one diagnostic of a conversion that verifying refuses; nothing is left of it, no thread either."""
-    with pytest.raises(MapError) as caught:
-        mapdsl.convert(source, destination, MAP, verify=True, **options)
-    assert not destination.exists()
-    assert not partial_folder(destination).exists()
-    assert not left_over()
-    return only(caught.value)
 
 
 # --- what holds -------------------------------------------------------------------------------------------------------
@@ -338,17 +297,6 @@ def test_the_side_file_is_read_too(made, tmp_path, monkeypatch):
 # --- runs that were cut short -----------------------------------------------------------------------------------------
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, units: int) -> None:
-    add = Journal.add
-
-    def stopped(self, record):
-        add(self, record)
-        if len(self.done) == units:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "add", stopped)
-
-
 @pytest.mark.parametrize("first", [True, False])
 def test_what_an_earlier_run_has_written_is_compared_too(made, tmp_path, monkeypatch, first):
     with monkeypatch.context() as patched:
@@ -381,71 +329,6 @@ def test_a_failing_conversion_ends_what_follows_it(made, tmp_path, monkeypatch):
     with pytest.raises(MapError, match="no space left"):
         mapdsl.convert(made / "source", tmp_path / "there", MAP, verify=True)
     assert not left_over()
-
-
-# --- other maps -------------------------------------------------------------------------------------------------------
-
-ONE_SIDED = """\
-map sided: old <-> new
-param N = n
-index i < N
-{i}.a <-> layer.{i}.a
-top   <-> head
-_ <-> head.twin [v] = head
-_ <-> ones [4] = 1
-_ <-> zeros [3] ~ 0
-old.{..} -> _ else
-"""
-
-
-def test_what_the_map_makes_is_compared(tmp_path):
-    file = tmp_path / "sided.map"
-    file.write_text(ONE_SIDED)
-    _, old = renames(tmp_path)
-    state = state_of(old) | {"old.step": torch.arange(3)}
-    source = write_state(tmp_path / "source", state, {"n": 3})
-    done = mapdsl.convert(source, tmp_path / "there", file, verify=True)
-    assert done.verified.tensors == 4
-    assert (done.verified.tensors_again, done.verified.reason) == (4, "the way back does not give them")
-    assert done.verified.not_compared == ()
-    back = mapdsl.convert(tmp_path / "there", tmp_path / "back", file, verify=True)
-    assert_same_files(tmp_path / "back", source)
-    assert back.verified.tensors_again == 0
-
-
-@pytest.mark.parametrize("name", ["ones", "zeros", "head.twin"])
-def test_what_the_map_makes_is_written_wrongly(tmp_path, monkeypatch, name):
-    file = tmp_path / "sided.map"
-    file.write_text(ONE_SIDED)
-    _, old = renames(tmp_path)
-    spoil_writing(monkeypatch, name)
-    with pytest.raises(MapError) as caught:
-        mapdsl.convert(old, tmp_path / "there", file, verify=True)
-    found = only(caught.value)
-    assert found.code == "R601"
-    assert name in found.message
-    assert not (tmp_path / "there").exists()
-
-
-ROUNDED = """\
-map rounded: old <-> new
-a [x y] <-> b [x y] as bf16
-c [x y] <-> d [y x]
-"""
-
-
-@pytest.mark.parametrize("spoiled", [None, "b", "d"])
-def test_bytes_that_the_map_does_not_promise_are_no_difference(tmp_path, monkeypatch, spoiled):
-    file = tmp_path / "rounded.map"
-    file.write_text(ROUNDED)
-    source = write_state(tmp_path / "source", {"a": torch.randn(4, 6), "c": torch.randn(4, 6)}, {})
-    if spoiled is not None:
-        spoil_writing(monkeypatch, spoiled)
-        with pytest.raises(MapError, match="R601"):
-            mapdsl.convert(source, tmp_path / "there", file, to="new", verify=True)
-        return
-    done = mapdsl.convert(source, tmp_path / "there", file, to="new", verify=True)
-    assert (done.verified.tensors_again, done.verified.reason) == (1, "the way back does not give them")
 
 
 def test_a_map_without_a_way_back(made, tmp_path, monkeypatch):

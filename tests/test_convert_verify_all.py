@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conversions import MAP, assert_same_files, only, renames, write_state, write_tiny
-from test_convert_verify import flip_byte, refused, spoil_writing, stop_after
+from wrong_writing import flip_byte, refused, spoil_writing, stop_after
 
 import mapdsl
 from mapdsl.checkpoint import attendants, convert, engine, memory

@@ -20,7 +20,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from mapdsl.runtime.dtensors import strides_like
 from mapdsl.runtime.placements import NoPlacementError, chunked, placements
 from mapdsl.runtime.shares import Held, held_of, share, whole
-from tests.helpers.dtensor_job import CHECKS
+from tests.helpers.dtensor_job import check
+from tests.helpers.jobs import run_job
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,26 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.heavy)])
 def test_in_a_job(world: int, tmp_path: Path) -> None:
-    """All checks of `dtensor_job` in one job."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.helpers.dtensor_job"]
-    runs: list[subprocess.Popen[str]] = []
-    try:
-        for rank in range(world):
-            with (tmp_path / f"{rank}").open("w") as file:
-                arguments = [*command, str(rank), str(world), str(tmp_path / "store")]
-                runs.append(subprocess.Popen(arguments, env=environment, cwd=ROOT, stdout=file, stderr=file, text=True))
-        for run in runs:
-            run.wait(timeout=240)
-    finally:
-        for run in runs:
-            run.kill()
-            run.wait()
-    for rank, run in enumerate(runs):
-        output = (tmp_path / f"{rank}").read_text()
-        assert run.returncode == 0, output[-3000:]
-        wanted = [name for name, (worlds, _) in CHECKS.items() if world in worlds]
-        assert [line for line in output.splitlines() if line in CHECKS] == wanted
+    run_job("tests.helpers.dtensor_job", check, world, tmp_path)
 
 
 # --- what torch can say ---

@@ -19,6 +19,7 @@ from mapdsl.language import tree
 from tests.helpers.expressions import HERE, expr
 
 VALUES = {"n": 7, "t": True, "s": "a", "xs": [0, 4, None, 4], "x.y": 3, "null": None, "rate": 0.5, "has(w)": True}
+VALUES["kinds"] = "ME*EM"
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,9 @@ VALUES = {"n": 7, "t": True, "s": "a", "xs": [0, 4, None, 4], "x.y": 3, "null": 
         ("len(xs)", 4),
         ("positions(xs, 4)", [1, 3]),
         ("positions(xs, 4)[1]", 3),
+        ("len(kinds)", 5),
+        ("positions(kinds, 'M')", [0, 4]),
+        ("positions(kinds, '*')", [2]),
         ("[n, 2][0]", 7),
         ("has('w')", True),
         ("default(missing, null, n)", 7),

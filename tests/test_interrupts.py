@@ -21,6 +21,7 @@ from mapdsl.cli.interrupts import Interrupted, heeded_signals
 from mapdsl.cli.main import main
 from mapdsl.demo import small_config, write_release
 
+ROOT = Path(__file__).parent.parent
 NUMBERS = {"SIGINT": 130, "SIGTERM": 143}
 
 # Runs the command, and signals itself when it comes to a stage.
@@ -189,6 +190,33 @@ def test_other_commands_say_that_they_did_not_end(folders: Path, command: str, n
     assert (done.returncode, done.stdout) == (NUMBERS[number], "")
     assert done.stderr == f"interrupted: mapdsl {command} did not come to its end\n"
     assert not (folders / "model" / "mapdsl.checksums.json").exists()
+
+
+EARLY = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "mapdsl.cli.main":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["mapdsl", "maps"]
+"""
+
+
+@pytest.mark.parametrize(
+    "start", ['runpy.run_module("mapdsl", run_name="__main__")', "from mapdsl.__main__ import main; sys.exit(main())"]
+)
+def test_while_the_command_itself_is_imported(start: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", EARLY + start]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_the_installed_command_starts_there() -> None:
+    assert '\n[project.scripts]\nmapdsl = "mapdsl.__main__:main"\n' in (ROOT / "pyproject.toml").read_text()
 
 
 # --- in this process --------------------------------------------------------------------------------------------------

@@ -52,10 +52,10 @@ def tested() -> Suite:
 @pytest.fixture(autouse=True)
 def _nothing_known() -> Iterator[None]:
     """What was worked out with a broken function is not known to the next test."""
-    for forget in (shares.assembly.cache_clear, part_shares._held_parts.cache_clear):
+    for forget in (shares.assembly.cache_clear, part_shares.cut_parts.cache_clear):
         forget()
     yield
-    for forget in (shares.assembly.cache_clear, part_shares._held_parts.cache_clear):
+    for forget in (shares.assembly.cache_clear, part_shares.cut_parts.cache_clear):
         forget()
 
 
@@ -184,7 +184,7 @@ def test_code_that_converts_a_share_in_another_way(monkeypatch: pytest.MonkeyPat
 
     class Broken(right.adapter_class):  # type: ignore[name-defined, misc]
         def _to_right(self, take: Any, put: Any) -> None:
-            cls = right.adapter_class if self.place.is_whole else wrong.adapter_class
+            cls = wrong.adapter_class if self.mesh_size("tp") > 1 else right.adapter_class
             cls._to_right(self, take, put)
 
     assert failing(Suite(right, Broken)) == {"rank_by_rank"}

@@ -64,3 +64,8 @@ def test_an_index_without_an_upper_bound_is_read_off_its_name(hole: str, first: 
 def test_an_index_without_an_upper_bound_can_only_be_shifted(hole: str) -> None:
     found = load(DROPPED.replace("HOLE", hole)).check()
     assert "N112" in [one.code for one in found]
+
+
+def test_the_template_of_has_is_checked_as_others_are() -> None:
+    text = "map x: a <-> b\nparam p = has({..}.x.{..}.y) ?? false\nz <-> w where p\n"
+    assert [diagnostic.code for diagnostic in Map(Source("x.map", text)).check()] == ["K207"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,11 @@ from mapdsl.language.diagnostics import error
 from mapdsl.language.source import Source
 from mapdsl.map import Map
 from mapdsl.runtime.codecs.base import Codec
+from mapdsl.runtime.dtensors import Rank
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.resharding import Made, Resharding, places
 from mapdsl.runtime.sharded_adapter import ShardedAdapter
-from mapdsl.runtime.shares import axes_in
-
-Ranks = Mapping[str, int]
+from mapdsl.runtime.shares import Ranks, axes_in
 
 UNCHANGED = "map unchanged: before <-> after\n{..} <-> {..} else\n"
 """What converts the share of a rank that stays on its side."""
@@ -135,7 +134,7 @@ def _written(
 ) -> list[Conversion]:
     """Write the shares of all ranks into a hidden folder, which takes the destination's name at the end."""
     hidden = partial_folder(destination)
-    resume = options.pop("resume")
+    resume = options["resume"]
     check_destination(moving.files.checkpoints[0], destination)
     if destination.absolute().is_relative_to(moving.files.path.absolute()):
         raise bad_file(destination, f"the destination lies in the source, {moving.files.path}", "choose another place")
@@ -143,9 +142,10 @@ def _written(
         advice = "go on with --resume, or remove it"
         raise bad_file(hidden, "an unfinished conversion to this destination is there", advice)
     all_places = list(places(moving.adapter, after))
+    divided = moving.divided(after) if files_of is not None and files_of.apart is not None else set()
     hidden.mkdir(exist_ok=True)
     try:
-        found = [_share(moving, hidden, after, rank, files_of, resume, options) for rank in all_places]
+        found = [_share(moving, hidden, after, rank, files_of, divided, options) for rank in all_places]
     except BaseException as problem:
         if not may_go_on(problem):
             shutil.rmtree(hidden, ignore_errors=True)
@@ -168,19 +168,20 @@ def _share(
     after: Ranks,
     rank: Ranks,
     files_of: RankLayout | None,
-    resume: bool,
+    divided: Container[str],
     options: Mapping[str, Any],
 ) -> Conversion:
     """Write the share of one rank, or what is left of it."""
+    resume = options["resume"]
     folder, share = hidden / (rank_folder(rank) or "whole"), moving.share(after, rank)
     is_packed = resume and files_of is not None and files_of.is_packed(hidden, after, rank)
     if is_packed or (resume and folder.is_dir() and not partial_folder(folder).exists()):
         done = moving.done(share, folder)
     else:
         goes_on = resume and partial_folder(folder).exists()
-        done = convert(share, folder, moving.map, to=moving.inner_target, resume=goes_on, **options)
+        done = convert(share, folder, moving.map, to=moving.inner_target, **{**options, "resume": goes_on})
     if files_of is not None and not is_packed:
-        files_of.pack(folder, hidden, after, rank, moving.divided(after))
+        files_of.pack(folder, hidden, after, rank, divided)
     return done
 
 
@@ -214,8 +215,7 @@ class _Moving:
             made = dict(self._once_compared(self._resharding.target(ranks, rank)))
         first = self._checkpoints[0]
         tensors = {name: stored_of(name, one, self._checkpoints) for name, one in made.items()}
-        place = (ranks, rank) if self.converts else None
-        shares = Shares(self._checkpoints, made, place, self._compare)
+        shares = Shares(self._checkpoints, made, Rank(ranks, rank) if self.converts else None, self._compare)
         folders = [os.path.relpath(one.folder, first.folder) for one in self._checkpoints]
         files = [os.path.join(f, name) for f, one in zip(folders, self._checkpoints, strict=True) for name in one.files]
         return replace(first, kind="shares", tensors=tensors, metadata={}, files=tuple(files), shares=shares)

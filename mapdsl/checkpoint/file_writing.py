@@ -24,7 +24,7 @@ def allocate(path: Path, file: FileLayout) -> None:
             os.posix_fallocate(descriptor, 0, file.size)
         else:
             os.ftruncate(descriptor, file.size)
-        _write_all(descriptor, memoryview(file.header), 0)
+        write_all(descriptor, memoryview(file.header), 0)
     finally:
         os.close(descriptor)
 
@@ -36,7 +36,7 @@ def write_tensor(path: Path, offset: int, tensor: torch.Tensor) -> None:
     descriptor = os.open(path, os.O_WRONLY)
     try:
         for strip in strips(tensor):
-            _write_all(descriptor, buffer(strip), offset)
+            write_all(descriptor, buffer(strip), offset)
             offset += strip.nbytes
     finally:
         os.close(descriptor)
@@ -63,7 +63,8 @@ def copy_range(source: Path, offset: int, target: Path, place: int, size: int) -
     return True
 
 
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write bytes from an offset on, in as many calls as that takes."""
     while data:
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count

@@ -16,6 +16,7 @@ from mapdsl.language.diagnostics import MapError, error
 MAX_TEXT_BYTES = 100_000_000
 """The most that a header, an index, a config or a listing may weigh; safetensors has the same limit for headers."""
 
+_JSON_TYPES = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "list"}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -78,7 +79,7 @@ def parse_object(path: Path, text: str, what: str, *, lenient: bool = False) -> 
     except ValueError as problem:
         raise bad_file(path, f"the {what} is not the JSON expected: {problem}") from problem
     if not isinstance(value, dict):
-        raise bad_file(path, f"the {what} is a JSON {type(value).__name__}, expected an object")
+        raise bad_file(path, f"the {what} is a JSON {_JSON_TYPES[type(value)]}, expected an object")
     if "\\u" in text:  # only an escape can bring in half a character, which no file name or header can hold
         _refuse_surrogates(path, value, what)
     return value

@@ -26,7 +26,7 @@ def identity_of(plan: Plan, layout: Sequence[FileLayout]) -> dict[str, str]:
         "the source": (str(checkpoint.path.resolve()), places, files),
         "the map": request.map_hash,
         "the config, or a param,": (plan.config_text, sorted((name, repr(v)) for name, v in request.params.items())),
-        "an option": (options, request.place, plan.side is not None),
+        "an option": (options, request.rank, plan.side is not None),
         "what mapdsl makes of it": (sorted(plan.units.of_source.items()), sorted(plan.units.of_output.items())),
         "the size of shards": [hashlib.sha256(file.header).hexdigest() for file in layout],
     }

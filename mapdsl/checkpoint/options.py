@@ -45,7 +45,7 @@ def make_request(
         config if config is None or isinstance(config, Mapping) else Path(config),
         use_complement and checkpoint.shares is None,  # what was kept of other tensors than these fits nothing
         format,
-        None if checkpoint.shares is None else checkpoint.shares.place,
+        None if checkpoint.shares is None else checkpoint.shares.rank,
     )
 
 

@@ -22,7 +22,6 @@ from mapdsl.checkpoint.dtypes import dtype_name, stored_shape, torch_dtype, torc
 from mapdsl.checkpoint.files import parse_object, read_text
 from mapdsl.checkpoint.headers import LENGTH_BYTES
 from mapdsl.checkpoint.layout import Entry, FileLayout, layout_of
-from mapdsl.checkpoint.shares import Place
 from mapdsl.checkpoint.sidecar import SIDE_FILE, Forgetful, Origin, SideFile
 from mapdsl.checkpoint.units import Units
 from mapdsl.checkpoint.window import PlanningWindow, Window
@@ -34,6 +33,7 @@ from mapdsl.map import Map
 from mapdsl.runtime.adapter import Adapter
 from mapdsl.runtime.codecs import formats
 from mapdsl.runtime.codecs.kept import Kept
+from mapdsl.runtime.dtensors import Rank
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.sharded_adapter import ShardedAdapter
 
@@ -86,7 +86,7 @@ class Request:
     config: Path | Mapping[str, Any] | None = None
     use_complement: bool = True
     format: str = "safetensors"  # of the files to be written; or "dcp"
-    place: Place | None = None  # the rank whose share it is, of both sides
+    rank: Rank | None = None  # the one whose share it is, of both sides
 
     @property
     def sides(self) -> tuple[str, str]:
@@ -292,16 +292,16 @@ def adapter_of(request: Request, side: SideFile | None) -> tuple[Adapter, str | 
     params = {**known, **request.params}
     try:
         adapter = request.map.adapter(fields, **params)
-        return adapter if request.place is None else at_place(adapter, request.place), text
+        return adapter if request.rank is None else at_rank(adapter, request.rank), text
     except ConversionError as problem:
         raise _error(problem, path) from problem
 
 
-def at_place(adapter: Adapter, place: Place) -> Adapter:
+def at_rank(adapter: Adapter, rank: Rank) -> Adapter:
     """The adapter of one rank; ConversionError, N113, where the map has no mesh."""
     if not isinstance(adapter, ShardedAdapter):
         raise ConversionError("N113", f"the map `{adapter.MAP}` has no mesh, so nothing says how it is cut over ranks")
-    one: Adapter = adapter.at(*place)
+    one: Adapter = adapter.at(*rank)
     return one
 
 

@@ -17,13 +17,12 @@ from pathlib import Path
 from mapdsl.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_files
 from mapdsl.checkpoint.files import bad_file, is_plain_name, read_object
 from mapdsl.checkpoint.sources import with_tensors
+from mapdsl.runtime.shares import Ranks, all_ranks
 
 RANKS_FILE = "mapdsl.ranks.json"
 INFERENCE_CONFIG = "ds_inference_config.json"
 FORMAT = 1
 MAX_RANKS = 100_000
-
-Ranks = Mapping[str, int]
 
 # Megatron's `mp_rank_01/model_optim_rng.pt`, `mp_rank_01_000_003/...`: tensor, pipeline and expert parallel rank.
 # DeepSpeed's `mp_rank_01_model_states.pt`.
@@ -195,11 +194,3 @@ def _megatron_files(folder: Path) -> Iterator[tuple[tuple[int, ...], Path]]:
                 yield place, inside
         elif matched["rest"] and path.is_file():
             yield place, path
-
-
-def all_ranks(ranks: Ranks) -> Iterator[dict[str, int]]:
-    """Every rank, the last mesh fastest."""
-    found: list[dict[str, int]] = [{}]
-    for mesh, count in ranks.items():
-        found = [{**rank, mesh: place} for rank in found for place in range(count)]
-    return iter(found)

@@ -7,10 +7,10 @@ is in memory than the system likes to keep.
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import shutil
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from mapdsl.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from mapdsl.checkpoint.dtypes import torch_dtype, torch_shape
 from mapdsl.checkpoint.file_writing import flush, flush_folder
 from mapdsl.checkpoint.files import bad_file, reason
-from mapdsl.checkpoint.headers import StoredTensor
 from mapdsl.checkpoint.passes import OptionError
 from mapdsl.checkpoint.rank_files import INFERENCE_CONFIG
+from mapdsl.checkpoint.tensors import LazyState
+from mapdsl.runtime.shares import Ranks
 
-Ranks = Mapping[str, int]
 _MEGATRON_MESHES = ("tp", "pp", "ep")
 
 
@@ -90,8 +89,8 @@ class RankLayout:
         """Write one torch file, under another name until it is whole."""
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_name(f".{path.name}.unfinished")
-        with _Mapped() as mapped:
-            state: dict[str, Any] = {name: mapped.tensor(checkpoint.tensors[name]) for name in names}
+        with closing(LazyState(checkpoint)) as mapped:
+            state: dict[str, Any] = {name: _apart(mapped[name]) for name in names}
             if self.key is not None:
                 state = {self.key: state, "mp_world_size": ranks.get("tp", 1)}
             try:
@@ -105,29 +104,11 @@ class RankLayout:
         flush_folder(path.parent)
 
 
-class _Mapped:
-    """Files with tensors, mapped: each tensor has a storage of its own size, so that no more than it is saved."""
-
-    def __init__(self) -> None:
-        self._files: dict[Path, mmap.mmap] = {}
-
-    def tensor(self, stored: StoredTensor) -> Tensor:
-        """A tensor over the file's pages."""
-        dtype, shape = torch_dtype(stored.dtype), torch_shape(stored.dtype, stored.shape)
-        if not stored.nbytes:
-            return torch.empty(shape, dtype=dtype)
-        if stored.file not in self._files:
-            with stored.file.open("rb") as file:
-                self._files[stored.file] = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
-        pages = self._files[stored.file]
-        data = torch.frombuffer(pages, dtype=torch.uint8, count=stored.nbytes, offset=stored.begin)
-        return data.view(dtype).view(shape)
-
-    def __enter__(self) -> _Mapped:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.clear()  # the maps go with the last tensor
+def _apart(tensor: Tensor) -> Tensor:
+    """The same memory as a storage of the tensor's own size: torch saves all of a storage."""
+    begin = tensor.storage_offset() * tensor.itemsize
+    storage = tensor.untyped_storage()[begin : begin + tensor.nbytes]
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
 
 
 def _megatron(ranks: Ranks, rank: Ranks) -> str:

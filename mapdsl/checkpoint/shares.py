@@ -15,27 +15,24 @@ from mapdsl.checkpoint.dtypes import stored_shape, torch_dtype
 from mapdsl.checkpoint.gathering import Pieces
 from mapdsl.checkpoint.headers import StoredTensor
 from mapdsl.runtime.assembling import assembled
+from mapdsl.runtime.dtensors import Rank
 from mapdsl.runtime.resharding import Made
 
 if TYPE_CHECKING:
     from mapdsl.checkpoint.tensors import LazyState
 
 
-Place = tuple[Mapping[str, int], Mapping[str, int]]
-"""Over how many ranks each mesh cuts, and which of them it is."""
-
-
 @dataclass(frozen=True)
 class Shares:
     """Where the tensors of a rank come from: the checkpoints of all ranks, and what is made of them.
 
-    `place` is the rank that they are for, if they are still to be converted. With `compare`, what several ranks hold
+    `rank` is the one that they are for, if they are still to be converted. With `compare`, what several ranks hold
     must be equal.
     """
 
     checkpoints: Sequence[Checkpoint]
     made: Mapping[str, Made]
-    place: Place | None = None
+    rank: Rank | None = None
     compare: bool = True
 
 
@@ -61,7 +58,7 @@ class ShareReader:
         """A tensor that is still to be put together, where it goes out as it is; None of one that lies in one piece."""
         made = self.shares.made[name]
         is_made = made.value is not None or made.scale[0] != made.scale[1] or not made.shape
-        if self.shares.place is not None or is_made or len(made.sources) < 2:
+        if self.shares.rank is not None or is_made or len(made.sources) < 2:
             return None
         rank, like = made.like
         dtype = torch_dtype(self.states[rank].checkpoint.tensors[like].dtype)

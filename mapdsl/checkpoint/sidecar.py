@@ -288,7 +288,12 @@ class SideFile(MutableMapping[str, Entry]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        header = read_header(path)
+        try:
+            header = read_header(path)
+        except MapError as problem:
+            if isinstance(problem.__cause__, OSError):
+                raise
+            raise self._damaged(problem.diagnostics[0].message) from problem
         if header.metadata.get("format") != FORMAT:
             raise self._damaged(f"its format is {header.metadata.get('format')!r:.80}, expected {FORMAT!r}")
         checkpoint = Checkpoint(path, "safetensors", {tensor.name: tensor for tensor in header.tensors})

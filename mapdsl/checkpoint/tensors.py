@@ -45,9 +45,10 @@ class LazyState(Mapping[str, torch.Tensor]):
 
     The mapping is private: writing into a tensor changes memory, never the file. A tensor whose offset is no multiple
     of its element size is copied, and so is each where the system grants no map. F4 has torch's paired shape
-    (`torch_shape`). The file must not be cut while it is mapped. `meta()` gives the same mapping with meta tensors,
-    from the headers alone. Tensors of torch files are as they were saved, strided views too; those of a Distributed
-    Checkpoint have memory of their own, and so have those that are put together from the shares of several ranks.
+    (`torch_shape`). A file that was cut is an error when its next tensor is asked for; those that were handed out must
+    not be cut. `meta()` gives the same mapping with meta tensors, from the headers alone. Tensors of torch files are as
+    they were saved, strided views too; those of a Distributed Checkpoint have memory of their own, and so have those
+    that are put together from the shares of several ranks.
 
     `state[name]` raises a MapError: C507 for a listing (no data) or a file that changed, C504 for a dtype that torch
     lacks, C503 for an F4 shape that torch cannot hold.
@@ -161,6 +162,8 @@ class LazyState(Mapping[str, torch.Tensor]):
             self._maps[stored.file] = None if pages is None else torch.frombuffer(pages, dtype=torch.uint8)
             if pages is not None:
                 self._pages[stored.file] = pages
+        if stored.file in self._pages:  # its size now: what is cut off would be read as zeros, or end the process
+            _check_end(stored, self._pages[stored.file].size())
         return self._maps[stored.file]
 
     def _read(self, stored: StoredTensor) -> bytes:
@@ -201,6 +204,12 @@ class LazyState(Mapping[str, torch.Tensor]):
         return stored.file if stored.file.name else self.checkpoint.path
 
 
+def _check_end(stored: StoredTensor, size: int) -> None:
+    """C507 where a file has become too short for a tensor."""
+    if size < stored.end:
+        raise bad_file(stored.file, f"tensor `{stored.name}` ends at byte {stored.end:,}, found {size:,}")
+
+
 def map_file(stored: StoredTensor) -> mmap.mmap | None:
     """Map a tensor's file as a whole.
 
@@ -209,8 +218,7 @@ def map_file(stored: StoredTensor) -> mmap.mmap | None:
     """
     with stored.file.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size < stored.end:
-            raise bad_file(stored.file, f"tensor `{stored.name}` ends at byte {stored.end:,}, found {size:,}")
+        _check_end(stored, size)
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         try:
             return mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=protection)

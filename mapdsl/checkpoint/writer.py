@@ -99,6 +99,11 @@ class CheckpointWriter:
     """Whether the layout's headers are written, byte for byte."""
 
     @property
+    def folder(self) -> Path:
+        """Where the files are until `commit`: others may write tensors there, which `take_over` then names."""
+        return self._folder
+
+    @property
     def weight_files(self) -> tuple[str, ...]:
         """The names of the files that hold tensors."""
         return tuple(file.name for file in self.layout)

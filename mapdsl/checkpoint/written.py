@@ -69,7 +69,7 @@ def back_request(
         params=params,
         config=config,
         use_complement=side is not None,
-        place=request.place,
+        rank=request.rank,
         side=side,
     )
 

@@ -198,10 +198,10 @@ def _operation(expr: tree.Operation, values: Mapping[str, Any]) -> Any:
 def _call(expr: tree.Call, values: Mapping[str, Any]) -> Any:
     function, arguments = expr.function, expr.arguments
     if function == "len" and len(arguments) == 1:
-        return len(_list(evaluate(arguments[0], values), arguments[0]))
+        return len(_sequence(evaluate(arguments[0], values), arguments[0]))
     if function == "positions" and len(arguments) == 2:
         sought = evaluate(arguments[1], values)
-        items = _list(evaluate(arguments[0], values), arguments[0])
+        items = _sequence(evaluate(arguments[0], values), arguments[0])
         return [position for position, item in enumerate(items) if item == sought]
     return _present(values.get(show(expr)), expr)
 
@@ -243,6 +243,11 @@ def _list(value: Any, expr: Expr) -> list[Any] | tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
         raise EvaluationError(f"{show(expr)} is {_kind(value)}, where a list is needed", expr)
     return value
+
+
+def _sequence(value: Any, expr: Expr) -> list[Any] | tuple[Any, ...] | str:
+    """A list, or a string: some configs spell the kinds of their layers with a letter each."""
+    return value if isinstance(value, str) else _list(value, expr)
 
 
 def _kind(value: Any) -> str:

@@ -50,9 +50,14 @@ class _Including:
     def __init__(self, found: list[Diagnostic]) -> None:
         self.found = found
         self.taken: set[str] = set()
+        self.free: set[str] = set()
+        self.unseen: list[tree.File] = []  # files whose free axes are not in `free` yet
+        self.params: set[str] = set()
 
     def statements(self, file: tree.File, path: Path, stack: tuple[Path, ...]) -> list[Flagged]:
         self.taken |= {s.name for s in file.statements if isinstance(s, _DECLARED)}
+        self.unseen.append(file)
+        self.params |= {s.name for s in file.statements if isinstance(s, tree.Param)}
         out: list[Flagged] = []
         for statement in file.statements:
             out += self._statement(statement, path, (*stack, path))
@@ -90,7 +95,7 @@ class _Including:
         except MapError as err:
             self.found += err.diagnostics
             return []
-        renamed = _with_own_names(file, include, frozenset(self.taken), self.found)
+        renamed = self._with_own_names(file, include)
         inner = [statement for statement, _ in self.statements(renamed, target, stack)]
         inner = [s for s in inner if not isinstance(s, (tree.Example, tree.Law))]
         if include.guard is None:
@@ -112,6 +117,41 @@ class _Including:
             return None
         return shipped.resolve()
 
+    def _with_own_names(self, file: tree.File, include: tree.Include) -> tree.File:
+        """The included file with clashing names changed, `config` moved and params bound as the include says.
+
+        Free axes and enumerations are of their rules alone: their names may be used again, but not declared, or a size
+        would be stated that nobody meant.
+        """
+        while self.unseen:
+            self.free |= _undeclared(self.unseen.pop())
+        declared = [s for s in file.statements if isinstance(s, _DECLARED)]
+        # A mesh is of the ranks, not of a map: one that both declare is the same, and cuts the axes of both.
+        names = [s.name for s in declared if not isinstance(s, tree.Mesh)]
+        new_names = {name: _free_name(name, self.taken | self.free) for name in names}
+        local_names = {name: _free_name(name, self.taken) for name in _undeclared(file)}
+        bindings = {binding.name: binding for binding in include.bindings}
+        config = bindings.pop("config", None)
+        prefix = ""
+        if config is not None:
+            if not isinstance(config.value, tree.Name):
+                self.found.append(Diagnostic("N116", "`config` takes the name of a config field", (config.span,)))
+            else:
+                prefix = config.value.path + "."
+        params = {s.name for s in declared if isinstance(s, tree.Param)}
+        for name in sorted(bindings.keys() - params):
+            self.found.append(Diagnostic("N111", f"`{include.path}` has no param `{name}`", (bindings[name].span,)))
+        same = self._same_params(bindings)
+        new_names |= {name: path for name, path in same.items() if name in params}
+        kept = [s for s in file.statements if not (isinstance(s, tree.Param) and s.name in same)]
+        statements = [_renamed(s, new_names, local_names, prefix, bindings) for s in kept]
+        return replace(file, statements=tuple(statements))
+
+    def _same_params(self, bindings: dict[str, tree.Binding]) -> dict[str, str]:
+        """Params of the included map that are bound to a param of this one: they are that one."""
+        values = {name: binding.value for name, binding in bindings.items()}
+        return {n: v.path for n, v in values.items() if isinstance(v, tree.Name) and v.path in self.params}
+
     def _refuse(self, include: tree.Include, message: str) -> list[tree.Statement]:
         self.found.append(Diagnostic("N116", message, (include.span,)))
         return []
@@ -126,53 +166,39 @@ def _guarded(statement: tree.Statement, guard: tree.Expr) -> tree.Statement:
     return tree.Block((tree.Pair(nothing, nothing, guard, span=guard.span),), (statement,), span=statement.span)
 
 
-def _with_own_names(
-    file: tree.File, include: tree.Include, taken: frozenset[str], found: list[Diagnostic]
-) -> tree.File:
-    """The included file with clashing names changed, `config` moved and params bound as the include says."""
-    declared = [s for s in file.statements if isinstance(s, _DECLARED)]
-    # A mesh is of the ranks, not of a map: one that both declare is the same, and cuts the axes of both.
-    new_names = {s.name: _free_name(s.name, taken) for s in declared if not isinstance(s, tree.Mesh)}
-    bindings = {binding.name: binding for binding in include.bindings}
-    config = bindings.pop("config", None)
-    prefix = ""
-    if config is not None:
-        if not isinstance(config.value, tree.Name):
-            found.append(Diagnostic("N116", "`config` takes the name of a config field", (config.span,)))
-        else:
-            prefix = config.value.path + "."
-    params = {s.name for s in declared if isinstance(s, tree.Param)}
-    for name in sorted(bindings.keys() - params):
-        found.append(Diagnostic("N111", f"`{include.path}` has no param `{name}`", (bindings[name].span,)))
-    statements = [_renamed(s, new_names, prefix, bindings) for s in file.statements]
-    return replace(file, statements=tuple(statements))
-
-
-def _free_name(name: str, taken: frozenset[str]) -> str:
+def _free_name(name: str, taken: set[str]) -> str:
     if name not in taken:
         return name
     return next(f"{name}_{n}" for n in range(2, 10_000) if f"{name}_{n}" not in taken)
 
 
 def _renamed(
-    statement: tree.Statement, new_names: dict[str, str], prefix: str, bindings: dict[str, tree.Binding]
+    statement: tree.Statement,
+    new_names: dict[str, str],
+    local_names: dict[str, str],
+    prefix: str,
+    bindings: dict[str, tree.Binding],
 ) -> tree.Statement:
+    axes = {**local_names, **new_names}
+    enumerations = _enumerations(statement)
+
     def change(node: tree.Node) -> tree.Node:
         match node:
+            case tree.Name(path=path) if path in enumerations:
+                return replace(node, path=axes.get(path, path))
             case tree.Name(path=path):
                 # Names that the included map does not declare are fields of its config.
                 return replace(node, path=new_names.get(path) or prefix + path)
-            case tree.Axis(name=str(name)) if name in new_names:
-                return replace(node, name=new_names[name])
+            case tree.Axis(name=str(name)) if name in axes:
+                return replace(node, name=axes[name])
+            case tree.EnumHole(name=name) if name in axes:
+                return replace(node, name=axes[name])
             case tree.CodecUse(name=name) if name in new_names:
                 return replace(node, name=new_names[name])
-            case tree.MeshAxis(name=name) if name in new_names:
-                return replace(node, name=new_names[name])
+            case tree.MeshAxis(name=name) if name in axes:
+                return replace(node, name=axes[name])
         return node
 
-    enumerations = _enumerations(statement)
-    local = {old: new for old, new in new_names.items() if old not in enumerations}
-    new_names = local
     result = rewrite(statement, change)
     if isinstance(result, _DECLARED):
         binding = bindings.get(result.name)
@@ -181,6 +207,20 @@ def _renamed(
             # The bound expression speaks of the including map's names, so it replaces the renamed one whole.
             result = replace(result, value=binding.value)
     return result
+
+
+def _undeclared(file: tree.File) -> set[str]:
+    """The names that a file uses without a declaration of its own: free axes and enumerations."""
+    names: set[str] = set()
+
+    def note(node: tree.Node) -> tree.Node:
+        if isinstance(node, (tree.EnumHole, tree.Axis)) and node.name:
+            names.add(node.name)
+        return node
+
+    for statement in file.statements:
+        rewrite(statement, note)
+    return names - {s.name for s in file.statements if isinstance(s, _DECLARED)}
 
 
 def _enumerations(statement: tree.Statement) -> set[str]:

@@ -67,6 +67,7 @@ def rule_law(rule: ir.Rule, layout: Layout) -> RuleLaw:
     right = [*common, *_trip(rule.right, rule.left, whole, True)]
     if not layout.is_rename:  # a rename keeps its padding
         left, bare, right = ([*_padding(layout, s), *g] for s, g in ((0, left), (0, bare), (1, right)))
+        left, bare, right = ([*_zeros(layout, s), *g] for s, g in ((0, left), (0, bare), (1, right)))
     return RuleLaw(rule, meet(left), meet(bare), meet(right))
 
 
@@ -75,6 +76,12 @@ def _padding(layout: Layout, side: int) -> Iterator[Grade]:
     shapes = (shape for shape in layout.shapes[side] if shape is not None)
     if any(isinstance(dimension, tree.Pad) for shape in shapes for dimension in shape.dimensions):
         yield Grade("lossy", "what stands in padding is not kept")
+
+
+def _zeros(layout: Layout, side: int) -> Iterator[Grade]:
+    """Parts that the other side lacks come back as zeros, so they have to be that."""
+    if layout.zeros[side]:
+        yield Grade("bit, guarded", "zeros, compared")
 
 
 def _trip(

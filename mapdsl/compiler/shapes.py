@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from mapdsl.compiler import ir
 from mapdsl.compiler.codecs import parse_codec
 from mapdsl.language import tree
+from mapdsl.language.rewrite import rewrite
 from mapdsl.language.source import Span
 from mapdsl.runtime.shares import padded
 
@@ -50,7 +51,8 @@ class Layout:
 
     `matched` are the axes in the names of both sides: one combination of them is a match of the rule. `in_names` are,
     a side, the axes that its names absorb; `repeated` those whose copies are compared. `pieces` pairs left and right;
-    it is empty where the tensors go over as they are.
+    it is empty where the tensors go over as they are. `zeros` are, a side, the parts that the other side lacks; in
+    `shapes` they are terms like others.
     """
 
     matched: tuple[str, ...]
@@ -58,6 +60,7 @@ class Layout:
     repeated: frozenset[str]
     pieces: tuple[tuple[Piece, Piece], ...]
     shapes: tuple[tuple[tree.Shape | None, ...], tuple[tree.Shape | None, ...]]
+    zeros: tuple[tuple[Piece, ...], tuple[Piece, ...]] = ((), ())
 
     @property
     def is_rename(self) -> bool:
@@ -69,6 +72,8 @@ def layout(rule: ir.Rule, indices: dict[str, ir.Index]) -> Layout:
     """The layout of a rule; ShapeError where the law of shapes is broken."""
     of_names = [[name_axes(tensor.template, indices) for tensor in side] for side in rule.sides]
     bare = (tuple(t.shape for t in rule.left), tuple(t.shape for t in rule.right))
+    for tensor in (*rule.left, *rule.right):
+        _check_zeros(tensor, is_alone=not rule.left or not rule.right)
     if not rule.left or not rule.right:
         side = of_names[0] or of_names[1]
         return Layout(tuple(dict.fromkeys(axis for axes in side for axis in axes)), ((), ()), frozenset(), (), bare)
@@ -87,6 +92,10 @@ def layout(rule: ir.Rule, indices: dict[str, ir.Index]) -> Layout:
     for one, other in pairs:
         _check_axes(rule, one, other, of_names, everywhere, repeated)
     _check_absorbed(rule, of_names, everywhere)
+    zeros = _pieces(rule.left, shapes[0], zeros=True), _pieces(rule.right, shapes[1], zeros=True)
+    if any(zeros):
+        plain = tuple(map(_without_zeros, shapes[0])), tuple(map(_without_zeros, shapes[1]))
+        return Layout(matched, (left, right), repeated, pairs, plain, (tuple(zeros[0]), tuple(zeros[1])))
     if not left and not right and len(pairs) == 1 and pairs[0][0].dims == pairs[0][1].dims:
         pads = [[isinstance(d, tree.Pad) for d in shape.dimensions] for side in shapes for shape in side]
         pairs = () if pads[0] == pads[1] else pairs
@@ -174,7 +183,8 @@ def pieces_of(tensor: ir.Tensor, shape: tree.Shape | None) -> list[tuple[str, ..
     return [piece.axes for piece in _pieces((tensor,), (shape,))] if shape is not None else [()]
 
 
-def _pieces(tensors: tuple[ir.Tensor, ...], shapes: tuple[tree.Shape, ...]) -> list[Piece]:
+def _pieces(tensors: tuple[ir.Tensor, ...], shapes: tuple[tree.Shape, ...], *, zeros: bool = False) -> list[Piece]:
+    """The pieces of some tensors, or (`zeros`) the terms of their sums that are none."""
     out = []
     for number, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
         sums = [n for n, dimension in enumerate(shape.dimensions) if _sums_in(dimension)]
@@ -189,8 +199,9 @@ def _pieces(tensors: tuple[ir.Tensor, ...], shapes: tuple[tree.Shape, ...]) -> l
             for path, axes in variants[sums[0]]:
                 dims = [v[0][1] for v in variants]
                 dims[sums[0]] = axes
-                out.append(Piece(number, path, _numbered(dims)))
-        else:
+                if _is_zeros(shape.dimensions[sums[0]], path) == zeros:
+                    out.append(Piece(number, path, _numbered(dims)))
+        elif not zeros:
             out.append(Piece(number, (), _numbered([v[0][1] for v in variants])))
     return out
 
@@ -203,6 +214,47 @@ def _sums_in(dimension: tree.Dimension | tree.Product) -> int:
         case tree.Product(factors=factors):
             return sum(_sums_in(factor) for factor in factors)
     return 0
+
+
+def _is_zeros(part: tree.Dimension | tree.Product, path: tuple[int, ...]) -> bool:
+    """Whether a way through the sums of a dimension ends in `zeros(...)`."""
+    match part:
+        case tree.Sum(terms=terms):
+            return _is_zeros(terms[path[0]], path[1:])
+        case tree.Product(factors=factors, zeros=zeros):
+            return zeros or any(_is_zeros(factor, path) for factor in factors if isinstance(factor, tree.Sum))
+    return False
+
+
+def _check_zeros(tensor: ir.Tensor, *, is_alone: bool) -> None:
+    """X303 for `zeros(...)` that is no term of a sum with others, or whose size is not that of some axes."""
+
+    def check(part: tree.Dimension | tree.Product, *, is_term: bool = False) -> None:
+        match part:
+            case tree.Sum(terms=terms):
+                if all(term.zeros for term in terms):
+                    raise ShapeError("X303", "a sum of zeros alone says nothing of the other side", tensor.span)
+                for term in terms:
+                    check(term, is_term=True)
+            case tree.Product(factors=factors, zeros=zeros):
+                if zeros and not is_term:
+                    message = "`zeros(...)` is a term of a sum, beside others that the other side has"
+                    raise ShapeError("X303", message, tensor.span, "write `(zeros(f) + f)`")
+                if zeros and not all(isinstance(factor, tree.Axis) and not factor.repeat for factor in factors):
+                    raise ShapeError("X303", "in `zeros(...)` stand axes: `zeros(h c)`", tensor.span)
+                if zeros and is_alone:
+                    message = "`zeros(...)` is what the other side lacks, but that has no tensor at all"
+                    raise ShapeError("X303", message, tensor.span)
+                for factor in factors:
+                    check(factor)
+
+    for dimension in tensor.shape.dimensions if tensor.shape else ():
+        check(dimension)
+
+
+def _without_zeros(shape: tree.Shape) -> tree.Shape:
+    """The shape with `zeros(f)` as a plain `f`: of sizes and places they are terms like others."""
+    return rewrite(shape, lambda node: replace(node, zeros=False) if isinstance(node, tree.Product) else node)
 
 
 def _is_crowded(dimension: tree.Dimension | tree.Product) -> bool:

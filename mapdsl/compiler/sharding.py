@@ -12,10 +12,9 @@ from mapdsl.compiler.shapes import name_axes
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import Diagnostic, error
 from mapdsl.language.source import Span
-from mapdsl.runtime.codecs.storage import BlockStorage
-from mapdsl.runtime.shares import Held, How, clipped, joined, nested, share, whole
-
-_KEEPING_VALUES = ("raw", "cast", "add", "neg_exp")  # codecs without scales: their tensors are cut anywhere
+from mapdsl.runtime.part_shares import CutError, cut_parts
+from mapdsl.runtime.place import uneven
+from mapdsl.runtime.shares import Held, How, Ranks, all_ranks, clipped, joined, nested, share, whole
 
 
 def how(axis: tree.MeshAxis) -> How:
@@ -40,7 +39,7 @@ class Sharding:
     """What some numbers of ranks, by mesh, make of a map's tensors. MapError, N113, for a mesh that the map has not."""
 
     expansion: Expansion
-    ranks: Mapping[str, int]
+    ranks: Ranks
     _axes: dict[str, tuple[str, tree.MeshAxis]] = field(init=False, repr=False)
     _pads: dict[str, tree.Pad] = field(init=False, repr=False)
 
@@ -87,9 +86,7 @@ class Sharding:
                     divided += are_divided[named.place]
         return Counted(divided, total - divided)
 
-    def held(
-        self, dimension: tree.Dimension | tree.Product, sizes: Mapping[str, int], rank: Mapping[str, int]
-    ) -> Held | None:
+    def held(self, dimension: tree.Dimension | tree.Product, sizes: Mapping[str, int], rank: Ranks) -> Held | None:
         """What one rank, by its places in the meshes, holds of a dimension.
 
         None where a size is not known, or an axis does not divide.
@@ -112,7 +109,7 @@ class Sharding:
                     found = None if found is None or inner is None else nested(found, inner)
                 return found
 
-    def holds(self, index: str, value: int, rank: Mapping[str, int]) -> bool:
+    def holds(self, index: str, value: int, rank: Ranks) -> bool:
         """Whether a rank holds what has this value of an index in its name."""
         bounds = self._bounds(index) if self._ranks_of(index) > 1 else None
         if bounds is None:
@@ -139,7 +136,7 @@ class Sharding:
     def _ranks_of(self, axis: str) -> int:
         return self.ranks.get(self._axes[axis][0], 1) if axis in self._axes else 1
 
-    def _of_axis(self, name: str, sizes: Mapping[str, int], rank: Mapping[str, int]) -> Held | None:
+    def _of_axis(self, name: str, sizes: Mapping[str, int], rank: Ranks) -> Held | None:
         size, count = sizes.get(name), self._ranks_of(name)
         if size is None:
             return None
@@ -151,7 +148,7 @@ class Sharding:
         mesh, axis = self._axes[name]
         return share(size, count, rank.get(mesh, 0), how(axis))
 
-    def _of_padding(self, name: str, sizes: Mapping[str, int], rank: Mapping[str, int]) -> Held | None:
+    def _of_padding(self, name: str, sizes: Mapping[str, int], rank: Ranks) -> Held | None:
         """What is held of an axis with its padding."""
         size = sizes.get(name)
         if size is None:
@@ -202,42 +199,28 @@ class Sharding:
 
     def _uneven(self, name: str, size: int, span: Span) -> Diagnostic:
         mesh, axis = self._axes[name]
-        count = self.ranks[mesh]
-        message = f"the axis `{name}` has {size:,} positions, which do not divide over {count} ranks of `{mesh}`"
         divisors = [str(n) for n in range(1, min(size, 64) + 1) if size % n == 0]
         advice = f"take a number of ranks that divides it ({', '.join(divisors)}), or say how the shares differ: "
-        return Diagnostic(
-            "P453", message, tuple(dict.fromkeys((span, axis.span))), help=f"{advice}`unevenly`, `by ceil`"
-        )
+        message = uneven(name, size, self.ranks[mesh], mesh).message
+        spans = tuple(dict.fromkeys((span, axis.span)))
+        return Diagnostic("P453", message, spans, help=f"{advice}`unevenly`, `by ceil`")
 
     def _cut_blocks(self, tensor: ir.Tensor, shape: tree.Shape, sizes: Mapping[str, int]) -> Iterator[Diagnostic]:
-        """P454 where a share of one of the last two dimensions begins or ends within a block of one of the formats."""
-        for codec in self.expansion.codecs(tensor):
-            if codec.kind in _KEEPING_VALUES:
-                continue
-            blocks = codec.block if isinstance(codec, BlockStorage) else (0, 0)
-            last = shape.dimensions[-2:]
-            for dimension, block in zip(last, blocks[2 - len(last) :], strict=True):
-                # A block that is as long as the dimension, whatever that is, is so on the rank too.
-                if block is not None and (place := self._cut_place(dimension, sizes, block)) is not None:
-                    yield _cut_block(tensor, codec.name, place, block)
+        """P454 for each dimension of which a share begins or ends within what one of the formats stores as one."""
+        formats = [codec for codec in self.expansion.codecs(tensor) if not codec.is_elementwise]
+        for codec, (number, dimension) in itertools.product(formats, enumerate(shape.dimensions)):
+            held = [whole(0)] * len(shape.dimensions)  # what is held of the others does not matter
+            for held[number] in self._cut_shares(dimension, sizes):
+                try:
+                    cut_parts(codec, tuple(held))
+                except CutError as problem:
+                    yield Diagnostic("P454", str(problem), (tensor.span,), help=problem.advice)
+                    break
 
-    def _cut_place(self, dimension: tree.Dimension, sizes: Mapping[str, int], block: int) -> int | None:
-        """The first position at which a share begins or ends within a block; 0-sized blocks may not be cut at all."""
+    def _cut_shares(self, dimension: tree.Dimension, sizes: Mapping[str, int]) -> Iterator[Held]:
+        """What each rank holds of a dimension that is divided, where its size is known."""
         meshes = sorted({self._axes[name][0] for name in self._cut_axes(dimension)})
-        for places in itertools.product(*(range(self.ranks[mesh]) for mesh in meshes)):
-            held = self.held(dimension, sizes, dict(zip(meshes, places, strict=True)))
-            if held is None:
-                return None
-            for begin, end in held.runs:
-                for edge in (begin, end):
-                    if edge not in (0, held.size) and (not block or edge % block):
-                        return edge
-        return None
-
-
-def _cut_block(tensor: ir.Tensor, codec: str, place: int, block: int) -> Diagnostic:
-    where = f"within a block of {block}" if block else "within what has one scale"
-    message = f"a share ends at position {place:,} of a dimension, {where} that `{codec}` stores"
-    advice = "cut at multiples of the block (fewer ranks), or decode the tensor before it is cut"
-    return Diagnostic("P454", message, (tensor.span,), help=advice)
+        for rank in all_ranks({mesh: self.ranks[mesh] for mesh in meshes}):
+            held = self.held(dimension, sizes, rank)
+            if held is not None and not held.is_whole:
+                yield held

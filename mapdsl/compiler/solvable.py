@@ -22,11 +22,20 @@ def check_sizes(rule: ir.Rule, layout: Layout, resolved: ir.Map) -> list[Diagnos
         patterns = [[size_pattern(shape) for shape in layout.shapes[source] if shape is not None]]
         if not layout.pieces:
             patterns = [[pattern] for pattern in _held_against(rule, layout, source)]
-        for axis in sorted({axis for group in patterns for axis in unsolved_axes(group, known)}):
+        unsolved = {axis for group in patterns for axis in unsolved_axes(group, known)}
+        for axis in sorted(unsolved | _lacking(rule, layout, resolved, source)):
             message = f"the size of `{axis}` does not follow from the `{name}` tensors"
             hint = f"declare it: `param {axis} = ...`, or give it a dimension of its own"
             found.append(Diagnostic("X304", message, (rule.span,), help=hint))
     return found
+
+
+def _lacking(rule: ir.Rule, layout: Layout, resolved: ir.Map, source: int) -> set[str]:
+    """Axes of zeros that the other side is made with, and that `source` does not have."""
+    known = known_axes(rule, resolved)
+    here = {axis.name for shape in layout.shapes[source] if shape is not None for axis in ir.axes_of(shape)}
+    axes = {axis for piece in layout.zeros[1 - source] for axis in piece.axes if not axis[0].isdigit()}
+    return axes - known - here
 
 
 def _held_against(rule: ir.Rule, layout: Layout, source: int) -> list[str]:

@@ -19,7 +19,7 @@ from mapdsl.language.diagnostics import Diagnostic
 
 
 def check_templates(resolved: ir.Map, scope: Scope, codecs: dict[str, AnyCodec]) -> list[Diagnostic]:
-    """K203, K205, K206, K207 of the templates of rules and `accept` lines, D402 of companions."""
+    """K203, K205, K206, K207 of the templates of rules, `accept` lines and `has(...)`, D402 of companions."""
     return _Templates(resolved, scope, codecs).run()
 
 
@@ -38,7 +38,19 @@ class _Templates:
         for accept in self.map.accepts:
             for template in (accept.old, accept.new):
                 self._template(template, accept.guard)
+        for param in self.map.params.values():
+            options = param.value.options if isinstance(param.value, tree.Default) else (param.value,)
+            for option in options:
+                if isinstance(option, tree.Has):
+                    self._asked(option.template)
         return self.found
+
+    def _asked(self, template: tree.Template) -> None:
+        """The template of `has(...)`, which is read as others are, for any values of what stands in it."""
+        try:
+            patterns(template)
+        except TemplateError as err:
+            self.found.append(Diagnostic(err.code, err.message, (err.span,)))
 
     def _template(self, template: tree.Template, guard: tree.Expr | None) -> bool:
         try:

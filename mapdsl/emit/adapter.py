@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable, Mapping
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -18,9 +19,12 @@ from mapdsl.emit.sections import Directions
 from mapdsl.resources import resource
 
 
-def adapter_source(checked: Checked, command: str = "mapdsl compile") -> str:
-    """The Python source of the adapter; MapError for a map that is cut over ranks where that cannot be said in code."""
-    return _AdapterEmitter(checked, command).source().rstrip() + "\n"
+def adapter_source(checked: Checked, command: str = "mapdsl compile", imports: Iterable[tuple[str, str]] = ()) -> str:
+    """The Python source of the adapter; MapError for a map that is cut over ranks where that cannot be said in code.
+
+    `imports` are more names that the module is to have, by the module that each is from.
+    """
+    return _AdapterEmitter(checked, command, imports).source().rstrip() + "\n"
 
 
 def class_name(map_name: str) -> str:
@@ -36,9 +40,10 @@ def environment() -> Environment:
 
 
 class _AdapterEmitter:
-    def __init__(self, checked: Checked, command: str) -> None:
+    def __init__(self, checked: Checked, command: str, imports: Iterable[tuple[str, str]]) -> None:
         self.map = checked.map
         self.command = command
+        self.imports = imports
         self.context = Context(checked.map)
         self.directions = Directions(checked, self.context)
 
@@ -70,7 +75,7 @@ class _AdapterEmitter:
                 digest=hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16],
                 command=self.command,
                 has_unflatten=".unflatten(" in body,
-                imports="\n".join(_imports(body, base, has_keys=has_keys, has_meshes=bool(self.map.meshes))),
+                imports="\n".join(self._imports(body, base, has_keys=has_keys)),
                 codecs=codecs,
                 class_name=class_name(self.map.name),
                 base=base,
@@ -92,6 +97,12 @@ class _AdapterEmitter:
                 **{name: _signature(*words) for name, words in signatures.items()},
             )
         )
+
+    def _imports(self, body: str, base: str, *, has_keys: bool) -> list[str]:
+        wanted = _wanted(body, base, has_keys=has_keys, has_meshes=bool(self.map.meshes))
+        for module, name in self.imports:
+            wanted.setdefault(module, set()).add(name)
+        return _import_lines(wanted)
 
     # --- declarations ---
 
@@ -133,8 +144,8 @@ def _signature(name: str, parameters: str, result: str) -> str:
     return "\n".join(lines(Bracketed(name, items), 1, before="def ", after=f" -> {result}:"))
 
 
-def _imports(body: str, base: str, *, has_keys: bool, has_meshes: bool) -> list[str]:
-    """Import lines for what the body uses, sorted as linters want them."""
+def _wanted(body: str, base: str, *, has_keys: bool, has_meshes: bool) -> dict[str, set[str]]:
+    """The names that the body uses, by module."""
     wanted = {
         "mapdsl.runtime.adapter": {"Tensor"} | ({"Keys"} if has_keys else set()),
         "mapdsl.runtime.config": {"Config"},
@@ -149,6 +160,11 @@ def _imports(body: str, base: str, *, has_keys: bool, has_meshes: bool) -> list[
         used = {name for name in names if re.search(rf"(?<![\w.\"]){name}(?!\w)", code)}
         if used:
             wanted.setdefault(module, set()).update(used)
+    return wanted
+
+
+def _import_lines(wanted: Mapping[str, Iterable[str]]) -> list[str]:
+    """Import lines, sorted as linters want them."""
     out: list[str] = []
     for module, found in sorted(wanted.items()):
         listed_names = sorted(found, key=_import_order)
@@ -166,7 +182,7 @@ _BASES = {"Adapter": "mapdsl.runtime.adapter", "ShardedAdapter": "mapdsl.runtime
 # Names of the runtime that a body may use, by module.
 USED = {
     "mapdsl.runtime.complement": ("RAW",),
-    "mapdsl.runtime.fitting": ("compare", "only_copy", "place"),
+    "mapdsl.runtime.fitting": ("compare", "only_copy", "only_zeros", "place"),
     "mapdsl.runtime.items": ("positions",),
     "mapdsl.runtime.names": ("Wide",),
     "mapdsl.runtime.values": ("inv_freq",),

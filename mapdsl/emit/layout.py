@@ -99,6 +99,14 @@ def lines(code: Code, depth: int, *, before: str = "", after: str = "") -> list[
         return [one]
     if isinstance(code, str):
         return _long_string(code, depth, before, after)
+    if code.optional and len(code.items) == 2 and _is_enclosed(flat(code.items[0])):
+        # One operator behind brackets of its own, which are broken instead: `if (`, `a or b`, `) and c:`.
+        first, second = (flat(item) for item in code.items)
+        return [
+            f"{INDENT * depth}{before}{code.before}(",
+            *_item(breakable(first[1:-1]), depth + 1, ""),
+            f"{INDENT * depth}) {second}{code.after}{after}",
+        ]
     out = [f"{INDENT * depth}{before}{code.before}{code.brackets[0]}"]
     inner = code.joint.join(flat(item) for item in code.items)
     if len(INDENT * (depth + 1) + inner) <= WIDTH and not code.is_literal:
@@ -108,6 +116,12 @@ def lines(code: Code, depth: int, *, before: str = "", after: str = "") -> list[
             out += _item(item, depth + 1, code.joint.rstrip())
     out.append(f"{INDENT * depth}{code.brackets[1]}{code.after}{after}")
     return out
+
+
+def _is_enclosed(code: str) -> bool:
+    """Whether the first bracket of an expression is round and closed by its end."""
+    depths = itertools.accumulate((character in "([") - (character in ")]") for character in code)
+    return code.startswith("(") and list(depths).index(0) == len(code) - 1
 
 
 def _item(item: Code, depth: int, after: str) -> list[str]:

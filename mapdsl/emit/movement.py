@@ -51,7 +51,7 @@ class Movement:
 
     def _from_one(self, depth: int) -> list[str]:
         variable, shape = self.variables[self.source][0], self._shape(self.source, 0)
-        body: list[str] = []
+        body = self._compare_zeros(0, self.e.name(self.here[0]), depth + 1)
         for number in range(len(self.there)):
             body += self._make(number, depth + 1)
         sizes = axis_codes(
@@ -81,7 +81,7 @@ class Movement:
             return out + self._put_part(mine, other, self.e.name(tensor), depth)
         whole = self.variables[self.target][number]
         sizes = self._dimensions(number)
-        method = f"{self.variables[self.source][0]}.new_{'zeros' if self._pads(self.target, number) else 'empty'}"
+        method = f"{self.variables[self.source][0]}.new_{'zeros' if self._has_zeros(self.target, number) else 'empty'}"
         out += lines(call(method, *sizes), depth, before=f"{whole} = ")
         for mine, other in self._pieces(number):
             out += self._copy(mine, other, whole, self.e.name(self.here[0]), depth)
@@ -143,7 +143,7 @@ class Movement:
         return call("take.group", *operands, *self.e.known_sizes(*shapes), self.e.optional(), self._into())
 
     def _allocate(self, number: int, depth: int) -> list[str]:
-        method = "take.zeros" if self._pads(self.target, number) else "take.empty"
+        method = "take.zeros" if self._has_zeros(self.target, number) else "take.empty"
         code = call(method, *self._dimensions(number))
         whole, absorbed = self.variables[self.target][number], self._absorbed(self.target, number)
         if not absorbed:
@@ -172,6 +172,7 @@ class Movement:
         if len(pieces) == 1 and self._is_gathered(*pieces[0]):
             return out + self._gather(name, number, pieces[0], depth)
         out += lines(call("take.part", name), depth, before=f"{variable} = ")
+        out += self._compare_zeros(number, name, depth)
         for mine, other in pieces:
             out += self._move(mine, other, name, depth)
         return out
@@ -180,11 +181,25 @@ class Movement:
         """The padded dimensions of a tensor."""
         return [(n, d) for n, d in enumerate(self._shape(side, number).dimensions) if isinstance(d, tree.Pad)]
 
+    def _has_zeros(self, side: int, number: int) -> bool:
+        """Whether a tensor has elements that the other side lacks."""
+        return bool(self._pads(side, number)) or any(one.tensor == number for one in self.e.layout.zeros[side])
+
+    def _compare_zeros(self, number: int, name: str, depth: int) -> list[str]:
+        """See that the parts of a source tensor that the other side lacks are zeros."""
+        out: list[str] = []
+        variable, shape = self.variables[self.source][number], self._shape(self.source, number)
+        for piece in (one for one in self.e.layout.zeros[self.source] if one.tensor == number):
+            runs = [run for run in cut_dimensions(shape, piece, self.e.sizes) if run]
+            part = view(variable, shape, piece, {}, runs, self.e.sizes)
+            out += self._with_view(part, lambda v: call("only_zeros", v, name), depth)
+        return out
+
     def _is_gathered(self, mine: Piece, other: Piece) -> bool:
         """Whether a whole source tensor goes to one place of one target tensor."""
         if not self._is_filled(other.tensor) or self._absorbed(self.target, other.tensor):
             return False
-        if self._pads(self.source, mine.tensor):
+        if self._has_zeros(self.source, mine.tensor):
             return False
         return not self._copies(mine, other) and not self._copies(other, mine)
 
@@ -344,7 +359,7 @@ class Movement:
     def _is_filled(self, number: int) -> bool:
         """Whether a target tensor is allocated first and filled piece by piece, not made in one step."""
         pieces = self._pieces(number)
-        if len(pieces) > 1 or self._pads(self.target, number):
+        if len(pieces) > 1 or self._has_zeros(self.target, number):
             return True
         ((mine, other),) = pieces
         if self._copies(mine, other) or self._copies(other, mine):

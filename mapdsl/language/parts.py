@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 from lark import Token, Tree
@@ -177,8 +178,12 @@ class PartsBuilder:
         factors: list[Any] = []
         for factor in map(_plain, self.all(node.children)):
             # `(g (r c))` is `(g r c)`.
-            factors += factor.factors if isinstance(factor, tree.Product) else [factor]
+            is_flat = isinstance(factor, tree.Product) and not factor.zeros
+            factors += factor.factors if is_flat else [factor]
         return tree.Product(tuple(factors), span=self.span(node))
+
+    def zeros(self, node: Any) -> tree.Product:
+        return replace(self.product(node), zeros=True)
 
     # --- the inside of a name ---
 
@@ -254,7 +259,7 @@ def _plain(node: Any) -> Any:
     """A sum of one term is that product: `(j f)`; a product of one factor is that factor: `(f)`."""
     if isinstance(node, tree.Sum) and len(node.terms) == 1:
         product = node.terms[0]
-        return product.factors[0] if len(product.factors) == 1 else product
+        return product.factors[0] if len(product.factors) == 1 and not product.zeros else product
     return node
 
 

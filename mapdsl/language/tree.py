@@ -160,9 +160,10 @@ class Sum(Node):
 
 @node
 class Product(Node):
-    """`h c` or `g (r c + c)`: factors, slowest first."""
+    """`h c` or `g (r c + c)`: factors, slowest first; `zeros(h c)`: a term of a sum that the other side lacks."""
 
     factors: tuple[Axis | Sum, ...]
+    zeros: bool = False
 
 
 @node

@@ -214,15 +214,16 @@ def _dimension(dimension: tree.Dimension) -> str:
         case tree.Pad(axis=axis, multiple=multiple):
             return f"pad({_axis(axis)}, {_expression(multiple, _SUM, ' ')})"
         case tree.Product() | tree.Sum():
-            return f"({_terms(dimension)})"
+            return f"({_terms(dimension)})"  # of zeros that are no term, too, as it was written
 
 
 def _terms(node: tree.Axis | tree.Product | tree.Sum) -> str:
     match node:
         case tree.Axis():
             return _axis(node)
-        case tree.Product(factors=factors):
-            return " ".join(_dimension(factor) for factor in factors)
+        case tree.Product(factors=factors, zeros=zeros):
+            text = " ".join(_dimension(factor) for factor in factors)
+            return f"zeros({text})" if zeros else text
         case tree.Sum(terms=terms):
             return " + ".join(_terms(term) for term in terms)
 

@@ -31,7 +31,7 @@ _GROUPS: list[tuple[set[str], set[str], str]] = [
     ({"STAR", "DOTS", "SPELLING"}, {"STAR", "DOTS", "SPELLING"}, "spellings or a wildcard"),
     ({"KEY", "NUMBER"}, {"KEY", "NUMBER", "CALLED"}, "a number, a name or a generator"),
     ({"KEY", "NOTHING"}, {"KEY", "NOTHING"}, "a tensor or `_`"),
-    ({"AXIS"}, {"AXIS", "INT", "LPAR", "REPEAT", "_PAD"}, "an axis"),
+    ({"AXIS"}, {"AXIS", "INT", "LPAR", "REPEAT", "_PAD", "_ZEROS"}, "an axis"),
     ({"PATH", "INT"}, _EXPRESSION, "an expression"),
     ({"BLOCKSIZE", "NAME"}, {"BLOCKSIZE", "NAME", "NUMBER", "STRING"}, "an argument"),
     ({"PLUS", "MINUS"}, _OPERATOR, "an operator"),

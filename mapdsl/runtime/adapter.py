@@ -13,7 +13,7 @@ from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.complement import RAW, Complement
 from mapdsl.runtime.config import Config, UndecidedError
 from mapdsl.runtime.errors import ConversionError, rule_at_work
-from mapdsl.runtime.name_list import NameList
+from mapdsl.runtime.name_list import Listed, NameList
 from mapdsl.runtime.put import Put, Sink
 from mapdsl.runtime.take import Take
 
@@ -76,13 +76,15 @@ class Adapter:
         *,
         dtype: torch.dtype = torch.bfloat16,
         partial: bool = False,
+        keep: bool = True,
     ) -> dict[str, Tensor]:
         """The right side's state from the left's. Raises ConversionError where they do not fit.
 
         `dtype` is that of decoded tensors; others keep theirs. `partial` leaves out what is absent as a whole group.
+        Without `keep` only the formats are remembered, not what decoding loses: then writing encodes anew.
         """
         made: dict[str, Tensor] = {}
-        self.read_into(state_dict, made.__setitem__, made.__getitem__, dtype=dtype, partial=partial)
+        self.read_into(state_dict, made.__setitem__, made.__getitem__, dtype=dtype, partial=partial, keep=keep)
         return made
 
     def read_into(
@@ -93,18 +95,26 @@ class Adapter:
         *,
         dtype: torch.dtype = torch.bfloat16,
         partial: bool = False,
+        keep: bool = True,
     ) -> None:
         """Like `read`, each tensor given to `sink` as soon as it is made; `read_back` gives one of them again."""
         self.complement.clear()
         complement = self.complement
-        take = Take(state_dict, dtype=dtype, partial=partial, entries=complement.entries, spelled=complement.spelled)
+        take = Take(
+            state_dict,
+            dtype=dtype,
+            partial=partial,
+            entries=complement.entries,
+            spelled=complement.spelled,
+            keep=keep,
+        )
         put = Put(
             sink,
             read_back,
             dtype=dtype,
             entries=complement.right,
             decoded=complement.decoded,
-            named=_once(self._right_named),
+            named=self.right_names,
             source=take,
         )
         with naming_the_rule():
@@ -161,7 +171,7 @@ class Adapter:
             quantization=quantization,
             entries=complement.entries,
             edited=complement.edited,
-            named=_once(self._left_named),
+            named=self.left_names,
             source=take,
         )
         with naming_the_rule():
@@ -198,11 +208,19 @@ class Adapter:
             direction(names, Put(ignore, refuse, device=torch.device("meta")))
         return names
 
-    def _left_named(self) -> set[str]:
-        return self._listed(self._to_right).named
+    @property
+    def left_names(self) -> Callable[[], set[str]]:
+        """What gives all stored names that the rules speak of, listed when it is first called."""
+        return _once(lambda: self._listed(self._to_right).named)
 
-    def _right_named(self) -> set[str]:
-        return self._listed(self._to_left).named
+    @property
+    def right_names(self) -> Callable[[], set[str]]:
+        """The same of the right side."""
+        return _once(lambda: self._listed(self._to_left).named)
+
+    def listed_left(self) -> list[Listed]:
+        """The tensors of a whole stored state, with the formats that each may be in."""
+        return self._listed(self._to_right).names
 
 
 def _keys(names: NameList, chooser: Put) -> Keys:

@@ -136,7 +136,7 @@ def _wrapped(local: Tensor, part: Part, meshes: Submeshes) -> Tensor:
     return DTensor.from_local(
         local,
         mesh,
-        [_placement(way) for way in ways.values()],
+        [placement_of(way) for way in ways.values()],
         run_check=False,
         shape=shape,
         stride=strides_like(local, shape),
@@ -152,7 +152,8 @@ def strides_like(local: Tensor, shape: torch.Size) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def _placement(way: Along | None) -> Placement:
+def placement_of(way: Along | None) -> Placement:
+    """torch's placement that cuts a tensor so."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -191,7 +192,7 @@ def _unwrapped(tensor: DTensor, part: Part, spread: Spread, redistribute: bool) 
         found = f"its placements are {list(tensor.placements)} over {names}, the map's are {said}"
         raise ConversionError("P456", f"{part.name}: {found}; redistribute=True moves it")
     else:
-        movable = _as_bytes(tensor)
+        movable = as_bytes(tensor)
         if wanted is not None and all(placement.is_shard() or placement.is_replicate() for placement in wanted):
             local = movable.redistribute(placements=wanted).to_local().view(tensor.dtype)
         else:
@@ -201,7 +202,7 @@ def _unwrapped(tensor: DTensor, part: Part, spread: Spread, redistribute: bool) 
     return local
 
 
-def _as_bytes(tensor: DTensor) -> DTensor:
+def as_bytes(tensor: DTensor) -> DTensor:
     """The same tensor; of elements of one byte as bytes, as not every backend moves float8."""
     if tensor.dtype.itemsize > 1 or any(placement.is_partial() for placement in tensor.placements):
         return tensor
@@ -214,7 +215,7 @@ def _wanted(part: Part, names: tuple[str, ...]) -> list[Placement] | None:
     if not part.cut_by <= set(names):
         return None
     try:
-        return [_placement(way) for way in part.placements(names).values()]
+        return [placement_of(way) for way in part.placements(names).values()]
     except ConversionError as problem:
         if problem.code not in _NO_DTENSOR:
             raise
@@ -259,4 +260,4 @@ def _check_local(part: Part, local: Tensor) -> None:
         raise ConversionError("R606", message)
 
 
-__all__ = ["Otherwise", "Rank", "is_dtensor", "rank_of", "unwrapped", "wrapped"]
+__all__ = ["Otherwise", "Rank", "as_bytes", "is_dtensor", "placement_of", "rank_of", "unwrapped", "wrapped"]

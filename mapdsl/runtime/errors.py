@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import linecache
 import re
+from collections.abc import Collection
+from itertools import islice
 from types import TracebackType
 
 _RULE = re.compile(r"\s*# ((?:[^\s:]+:)?\d+: .*)")
+_SHOWN = 5
 
 
 class ConversionError(ValueError):
@@ -25,6 +28,12 @@ class ConversionError(ValueError):
     def __str__(self) -> str:
         rule = f"\n  rule: {self.rule}" if self.rule else ""
         return f"error[{self.code}]: {self.message}{rule}"
+
+
+def some_of(names: Collection[str]) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(islice(names, _SHOWN)) + more
 
 
 def rule_at_work(traceback: TracebackType | None, *, innermost: bool = False) -> str:

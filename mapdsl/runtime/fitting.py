@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Union
+from typing import Any, Protocol, TypeGuard, Union, cast
 
 import torch
 from torch import Tensor
@@ -69,23 +69,38 @@ def reshaped(name: str, tensor: Tensor, view: Tensor) -> Tensor:
     return tensor.reshape(view.shape)
 
 
-def compare(view: Tensor, tensor: Tensor, name: str) -> None:
-    """R602 unless a copy equals the first one, byte for byte."""
+def compare(view: Tensor, tensor: Tensor, name: str, first: str | None = None) -> None:
+    """R602 unless a copy equals the first one, of the name `first`, byte for byte."""
+    first = first or "the first of its copies"
+    if _is_traced(view):
+        view.copy_(tensor, copy=True)
+        return
     if view.shape != tensor.shape or view.dtype != tensor.dtype:
         expected, found = f"{list(view.shape)} {view.dtype}", f"{list(tensor.shape)} {tensor.dtype}"
-        raise ConversionError("R602", f"{name}: expected {expected} as in its other copies, found {found}")
+        raise ConversionError("R602", f"{name}: expected {expected} as in {first}, found {found}")
     if not view.is_meta:
-        same_bytes(name, tensor, view, "the first of its copies", "R602")
+        same_bytes(name, tensor, view, first, "R602")
 
 
 def only_copy(view: Tensor, dims: tuple[int, ...], name: str) -> Tensor:
     """The first of the copies that lie along some dimensions of a tensor; R602 unless all are equal."""
+    if _is_traced(view):
+        return cast(Tensor, view.only_copy(dims))  # there is nothing to compare
     for dim in sorted(dims, reverse=True):
         first = view.select(dim, 0)
         for number in range(1, view.shape[dim]):
             compare(first, view.select(dim, number), f"{name} (copy {number})")
         view = first
     return view
+
+
+def only_zeros(view: Tensor, name: str) -> None:
+    """R601 unless a part of a tensor that the other side lacks is zeros, byte for byte."""
+    if _is_traced(view):
+        view.has_to_be_zeros()  # looked at when the elements are
+    elif not view.is_meta:
+        zeros = torch.zeros((), dtype=view.dtype, device=view.device).expand(view.shape)
+        same_bytes(f"{name}: the part that the other side lacks", view, zeros, "zeros")
 
 
 def same_bytes(name: str, tensor: Tensor, wanted: Tensor, what: str, code: str = "R601") -> None:
@@ -98,6 +113,20 @@ def same_bytes(name: str, tensor: Tensor, wanted: Tensor, what: str, code: str =
         place_ = [int(n) for n in torch.unravel_index(torch.tensor(flat), tensor.shape)]
         found, expected = tensor.reshape(-1)[flat].item(), wanted.reshape(-1)[flat].item()
         raise ConversionError(code, f"{name} differs from {what} at {place_}: expected {expected}, found {found}")
+
+
+class _Traced(Protocol):
+    """A tensor without elements, which notes what is done with it: see `mapdsl.runtime.traced`."""
+
+    def copy_(self, other: Any, *, copy: bool) -> Any: ...
+
+    def only_copy(self, dims: tuple[int, ...]) -> Any: ...
+
+    def has_to_be_zeros(self) -> None: ...
+
+
+def _is_traced(view: object) -> TypeGuard[_Traced]:
+    return not isinstance(view, Tensor) and hasattr(view, "has_to_be_zeros")
 
 
 def _flat_bytes(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.kept import Kept
 from mapdsl.runtime.codecs.values import Cast
 from mapdsl.runtime.complement import RAW, Alternatives, Complement, Entries, Raw
-from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.errors import ConversionError, some_of
 from mapdsl.runtime.fitting import Pattern, fitted, fitted_together
 from mapdsl.runtime.partial import Partial
 from mapdsl.runtime.sizes import Size, Sized, counted
@@ -52,8 +52,10 @@ class GroupAtHand(StoredForms):
         entries: Entries | None = None,
         spelled: dict[str, str] | None = None,
         decoded: Mapping[str, torch.dtype] | None = None,
+        keep: bool = True,
     ) -> None:
         super().__init__(tensors, spelled)
+        self.keep = keep
         self.dtype = dtype
         self.partial = partial
         self.quantization = quantization
@@ -67,8 +69,10 @@ class GroupAtHand(StoredForms):
         self._plain_dtype: torch.dtype | None = None
         self._absent = 0
         # Of tensors without data, by their forms and the dtype to decode to: the shape, and what a codec keeps.
-        self._decodings: dict[tuple[Found | None, torch.dtype], tuple[tuple[int, ...], Kept]] = {}
+        self._decodings: dict[tuple[Found | None, torch.dtype], tuple[tuple[int, ...], Kept | None]] = {}
         self._last: str | None = None
+        # The name of the first of several copies, by its place in the tensor that all of them go to.
+        self._first_copies: dict[tuple[object, ...], str] = {}
 
     def _gather(
         self,
@@ -116,9 +120,8 @@ class GroupAtHand(StoredForms):
         for name in missing:
             if name in self._taken:
                 raise ConversionError("R604", f"{name} is asked for twice")
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        whole = f"{len(missing)} of {count} tensors of a group are missing: {shown}"
-        raise ConversionError("R605", f"{shown} is missing" if count == 1 else whole)
+        whole = f"{len(missing)} of {count} tensors of a group are missing: {some_of(missing)}"
+        raise ConversionError("R605", f"{missing[0]} is missing" if count == 1 else whole)
 
     def _look_for_plain(self) -> None:
         """In a group of which some are stored as they are, what is decoded takes their dtype: all are to be joined."""
@@ -203,7 +206,7 @@ class GroupAtHand(StoredForms):
         else:
             parts = {part: self._take(part) for part in codec.names(name)}
             tensor = codec.decode(name, parts, dtype, out=out)
-            kept = codec.keep(name, parts, dtype)
+            kept = codec.keep(name, parts, dtype) if self.keep else None
             if found is not None and len(self._decodings) < MAX_KNOWN:
                 self._decodings[found, dtype] = tuple(tensor.shape), kept
         self.entries[name] = (codec.name, kept)

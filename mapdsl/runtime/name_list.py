@@ -27,6 +27,19 @@ class Listed(NamedTuple):
     sizes: Mapping[str, Size]
     twin: str | None = None
 
+    @property
+    def pattern(self) -> str | None:
+        """The pattern of its shape, of axes; X307 where the adapter gives numbers."""
+        if isinstance(self.shape, tuple):
+            raise ConversionError("X307", f"{self.name} has no pattern: compile the map again")
+        return self.shape
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no elements, by the sizes known."""
+        stated = self.shape if isinstance(self.shape, tuple) else ()
+        return any(size <= 0 for size in (*counted(self.sizes).values(), *stated))
+
 
 class NameList(Take):
     """Takes nothing: writes down what would be taken.
@@ -52,7 +65,7 @@ class NameList(Take):
     ) -> Tensor | None:
         """Note one name."""
         del into
-        self._note(name, stored, shape, optional, sizes)
+        self._note(Listed(name, stored, shape, sizes), optional)
         return None
 
     def group(self, *operands: Operand, optional: bool = False, into: Alternatives = NOT_AT_ALL, **sizes: Size) -> bool:
@@ -60,7 +73,7 @@ class NameList(Take):
         del into
         for names, shape, *rest in operands:
             for name in [names] if isinstance(names, str) else names:
-                self._note(name, rest[0] if rest else AS_IS, shape, optional, sizes)
+                self._note(Listed(name, rest[0] if rest else AS_IS, shape, sizes), optional)
         return False
 
     def equal(
@@ -75,7 +88,7 @@ class NameList(Take):
     ) -> None:
         """Note a constant."""
         del value
-        self._note(name, stored, shape, optional, sizes)
+        self._note(Listed(name, stored, shape, sizes), optional)
 
     def tied(
         self,
@@ -88,7 +101,7 @@ class NameList(Take):
         **sizes: Size,
     ) -> None:
         """Note a tied tensor; its twin is another rule's."""
-        self._note(name, stored, shape, optional, sizes, twin=other)
+        self._note(Listed(name, stored, shape, sizes, twin=other), optional)
 
     def shapes(self) -> dict[str, tuple[int | None, ...] | None]:
         """The shape of every name as far as it is known; a tie has that of its twin."""
@@ -108,19 +121,10 @@ class NameList(Take):
         """Names that are shut out have their rule, too."""
         self.named.update(name for name in names if isinstance(name, str))
 
-    def _note(
-        self,
-        name: str,
-        stored: Alternatives,
-        shape: Pattern | None,
-        optional: bool,
-        sizes: Mapping[str, Size],
-        twin: str | None = None,
-    ) -> None:
-        self.named.add(name)
+    def _note(self, of: Listed, optional: bool) -> None:
+        self.named.add(of.name)
         if len(self.named) > MAX_NAMES:
             raise ConversionError("C505", f"the config makes more than {MAX_NAMES:,} tensors")
         # A tensor without elements is on neither side: the other one has no names for it.
-        stated = shape if isinstance(shape, tuple) else ()
-        if not optional and all(size > 0 for size in (*counted(sizes).values(), *stated)):
-            self.names.append(Listed(name, stored, shape, sizes, twin))
+        if not optional and not of.is_empty:
+            self.names.append(of)

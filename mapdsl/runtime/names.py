@@ -38,6 +38,11 @@ def literal_start(pattern: str) -> str:
     return pattern.split("*", 1)[0].split("#", 1)[0]
 
 
+def literal_end(pattern: str) -> str:
+    """What every name of a pattern ends with."""
+    return pattern.rsplit("*", 1)[-1].rsplit("#", 1)[-1]
+
+
 def _numbers(segment: str, text: str) -> list[str] | None:
     """The numbers at the places of `#` in one segment."""
     first, *rest = segment.split("#")

@@ -16,8 +16,8 @@ class Place:
 
     `meshes` say, by mesh and axis, how the axis is shared out; `noted` are, of each axis that was asked for, all
     positions and those that are held, without padding. With `counts_from_all` `{local e}` in a name counts as in a
-    whole state. A mesh that is not in `ranks` is one rank, whose place is 0. Raises ConversionError, N113, for a mesh
-    that the map has not and a rank that there is not.
+    whole state; `counts_locally` notes that some name did not. A mesh that is not in `ranks` is one rank, whose place
+    is 0. Raises ConversionError, N113, for a mesh that the map has not and a rank that there is not.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class Place:
     ) -> None:
         self.ranks, self.rank = dict(ranks or {}), dict(rank or {})
         self.counts_from_all = counts_from_all
+        self.counts_locally = False
         self.noted: dict[str, tuple[range, range]] = {}
         self._axes = {axis: (mesh, how) for mesh, axes in meshes.items() for axis, how in axes.items()}
         for mesh in (*self.ranks, *self.rank):
@@ -39,11 +40,6 @@ class Place:
             if not 0 <= self.coordinate(mesh) < self.size(mesh):
                 message = f"there is no rank {self.coordinate(mesh)} of `{mesh}`: it is cut over {self.size(mesh)}"
                 raise ConversionError("N113", message)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing is cut."""
-        return all(size == 1 for size in self.ranks.values())
 
     def size(self, mesh: str) -> int:
         """Over how many ranks a mesh cuts its axes."""
@@ -81,6 +77,12 @@ class Place:
         positions, _ = self.noted[padded(axis)]
         self.noted[axis] = positions, within(held, len(positions))
         return within(held, len(positions))
+
+    def counted_from(self, held: range, positions: range) -> int:
+        """What the numbers in names count from, of what is held of some positions."""
+        first = positions.start if self.counts_from_all else held.start
+        self.counts_locally |= first != positions.start
+        return first
 
     def share(self, axis: str, positions: range) -> range:
         """Those positions of an axis that this rank holds; ConversionError, P453, where they do not divide."""

@@ -7,24 +7,22 @@ boxes from that (`assembly`). Sizes that no config tells are read off the shapes
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from mapdsl.runtime.codecs.base import Codec
-from mapdsl.runtime.codecs.storage import RAW_STORAGE, Box, Storage
-from mapdsl.runtime.complement import Raw
-from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.codecs.storage import Box, Storage
+from mapdsl.runtime.errors import ConversionError, some_of
+from mapdsl.runtime.name_list import Listed
 from mapdsl.runtime.part_shares import held_parts
 from mapdsl.runtime.partial import ranks_of
 from mapdsl.runtime.place import Place
-from mapdsl.runtime.share_list import ShareList, Shown
-from mapdsl.runtime.shares import Assembly, Dimensions, Held, Ranks, assembly, held_of, padded, whole
-from mapdsl.runtime.sizes import SizeError, axis_sizes, counted
+from mapdsl.runtime.share_list import ShareList, listed, sizes_of, with_whole_names
+from mapdsl.runtime.shares import Assembly, Dimensions, Held, Ranks, all_ranks, assembly, held_of, padded, whole
+from mapdsl.runtime.sizes import counted
 
 if TYPE_CHECKING:
     from mapdsl.runtime.sharded_adapter import ShardedAdapter
@@ -69,7 +67,7 @@ class Holder:
     """What one rank holds of one tensor."""
 
     rank: int
-    shown: Shown
+    shown: Listed
     storage: Storage
     sizes: Mapping[str, int]
     shape: tuple[int, ...]
@@ -78,9 +76,7 @@ class Holder:
 
 def places(adapter: ShardedAdapter, ranks: Ranks) -> Iterator[Ranks]:
     """Every rank, the last mesh fastest, in the order in which states of ranks are given."""
-    names = [mesh for mesh in adapter.MESHES if mesh in ranks] + [mesh for mesh in ranks if mesh not in adapter.MESHES]
-    for coordinates in itertools.product(*(range(ranks[name]) for name in names)):
-        yield dict(zip(names, coordinates, strict=True))
+    return all_ranks({mesh: ranks[mesh] for mesh in dict.fromkeys((*adapter.MESHES, *ranks)) if mesh in ranks})
 
 
 class Resharding:
@@ -107,13 +103,13 @@ class Resharding:
         if self._any_wild:
             self._look_for_what_wildcards_carry(ranks)
         self._cut: dict[str, Cut] = {name: self._cut_of(name, holders) for name, holders in self._holders.items()}
+        self._names = dict.fromkeys(part for cut in self._cut.values() for part in cut.whole_parts.values())
 
     def target(self, ranks: Ranks, rank: Ranks) -> dict[str, Made]:
         """The stored tensors of one of other ranks, by name."""
         adapter = self._adapter.at(ranks, rank)
         found: dict[str, Made] = {}
-        names = dict.fromkeys(part for cut in self._cut.values() for part in cut.whole_parts.values())
-        for shown, name in listed(adapter, self._side, names):
+        for shown, name in listed(adapter, self._side, self._names):
             self._named.add(name)
             if name in self._cut and not _is_nothing(shown, adapter.place):
                 found |= self._cut[name].made(shown, adapter.place)
@@ -131,9 +127,9 @@ class Resharding:
         shares = adapter.list_shares(self._side, state)
         self._any_wild = self._any_wild or shares.any_wild
         left = dict.fromkeys(state)
-        for shown, name in _with_whole_names(adapter, self._side, shares):
+        for shown, name in with_whole_names(adapter, self._side, shares):
             holder = self._holder(number, shown, shares)
-            if holder is None and min(counted(shown.sizes).values(), default=1):
+            if holder is None and not shown.is_empty:
                 self._lacking.setdefault(name, f"{shown.name} of {told(adapter.place.rank)}")
             if holder is not None:
                 for part in holder.parts.values():
@@ -141,8 +137,7 @@ class Resharding:
                 self._holders.setdefault(name, []).append(holder)
         self._source_places.append(adapter.place)
         if left:
-            shown_names = ", ".join(itertools.islice(left, 5)) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-            raise ConversionError("R603", f"no rule reads {shown_names} of {told(adapter.place.rank)}")
+            raise ConversionError("R603", f"no rule reads {some_of(left)} of {told(adapter.place.rank)}")
 
     def _look_for_what_wildcards_carry(self, ranks: Ranks) -> None:
         """Note what a wildcard carries on one rank and not on another, whose own names do not tell of it."""
@@ -153,16 +148,15 @@ class Resharding:
         for number, place in enumerate(self._places):
             for shown, name in listed(self._adapter.at(ranks, place), self._side, everything):
                 is_lacking = name in holding and number not in holding[name] and shown.pattern is not None
-                if is_lacking and min(counted(shown.sizes).values(), default=1):
+                if is_lacking and not shown.is_empty:
                     self._lacking.setdefault(name, f"{shown.name} of {told(place)}")
 
-    def _holder(self, number: int, shown: Shown, shares: ShareList) -> Holder | None:
+    def _holder(self, number: int, shown: Listed, shares: ShareList) -> Holder | None:
         """What a rank holds of a tensor; None where it is not there."""
         if not shares.is_there(shown):
             return None
-        codec = shares.alternative(shown)
-        storage = RAW_STORAGE if isinstance(codec, Raw) else codec.storage
-        parts = {role: shares.spelled(name) for role, name in storage.part_names(shown.name).items()}
+        storage = shares.storage(shown)
+        parts = shares.parts(shown, storage)
         state = self._states[number]
         for part in parts.values():
             if part not in state:
@@ -202,7 +196,6 @@ class Cut:
 
     def __post_init__(self) -> None:
         pattern = self.holders[0].shown.pattern
-        self.axes = {}
         widths = {axis: self._widths(axis) for axis in self.holders[0].sizes}
         self.axes = {axis: sum(found.values()) for axis, found in widths.items()}
         self._held = []
@@ -216,7 +209,7 @@ class Cut:
         """The names of its parts in a whole state, by role."""
         return self.holders[0].storage.part_names(self.name)
 
-    def made(self, shown: Shown, place: Place) -> dict[str, Made]:
+    def made(self, shown: Listed, place: Place) -> dict[str, Made]:
         """The parts that another rank is to hold, by name."""
         first = self.holders[0]
         runs = {axis: self._target_run(axis, shown, place) for axis in self.axes}
@@ -295,7 +288,7 @@ class Cut:
         begin = sum(size for coordinate, size in widths.items() if coordinate < place.coordinate(mesh))
         return _within(range(sum(widths.values())), range(begin, begin + widths[place.coordinate(mesh)]))
 
-    def _target_run(self, axis: str, shown: Shown, place: Place) -> Held:
+    def _target_run(self, axis: str, shown: Listed, place: Place) -> Held:
         if isinstance(shown.sizes.get(axis), range):
             return _within(*place.noted[axis])
         everything = range(self.axes[axis])
@@ -303,28 +296,6 @@ class Cut:
             return _within(everything, place.share(axis, everything))
         except ConversionError as problem:  # a size that came with the tensor: say with which
             raise ConversionError(problem.code, f"{self.name}: {problem.message}") from None
-
-
-def listed(adapter: ShardedAdapter, side: str, names: Mapping[str, object]) -> Iterator[tuple[Shown, str]]:
-    """What a rank holds of a whole state of these names: each tensor under the rank's name, with the whole's."""
-    everywhere = adapter.counting_from_all().list_shares(side, names)  # type: ignore[arg-type]
-    for shown, other in zip(adapter.list_shares(side, names).shown, everywhere.shown, strict=True):  # type: ignore[arg-type]
-        yield shown, other.name
-
-
-def _with_whole_names(adapter: ShardedAdapter, side: str, shares: ShareList) -> Iterable[tuple[Shown, str]]:
-    everywhere = adapter.counting_from_all().list_shares(side, shares.tensors)
-    return zip(shares.shown, (shown.name for shown in everywhere.shown), strict=True)
-
-
-def sizes_of(shown: Shown, shape: tuple[int, ...]) -> dict[str, int]:
-    """The sizes of all axes of a rank's tensor; ConversionError where its shape does not fit the pattern."""
-    if shown.pattern is None:
-        return {}
-    try:
-        return axis_sizes(shown.pattern, shape, counted(shown.sizes))
-    except SizeError as problem:
-        raise ConversionError(problem.code, f"{shown.name}: {problem}") from None
 
 
 def logical_shape(shape: tuple[int, ...], pattern: str | None, runs: Mapping[str, Held]) -> tuple[int, ...]:
@@ -337,7 +308,7 @@ def told(rank: Ranks) -> str:
     return f"rank {', '.join(f'{mesh} {place}' for mesh, place in rank.items()) or '0'}"
 
 
-def _is_nothing(shown: Shown, place: Place) -> bool:
+def _is_nothing(shown: Listed, place: Place) -> bool:
     """Whether a rank has no tensor as it would hold nothing: no expert. Where all is padding it has an empty one."""
     empty = (axis for axis, size in counted(shown.sizes).items() if size == 0)
     return any(padded(axis) not in place.noted for axis in empty)
@@ -348,4 +319,4 @@ def _within(positions: range, held: range) -> Held:
     return Held(len(positions), ((begin, end),) if begin < end else ())
 
 
-__all__ = ["Codec", "Made", "Resharding", "Source", "listed", "places", "told"]
+__all__ = ["Made", "Resharding", "Source", "places", "told"]

@@ -185,7 +185,7 @@ class ShardedAdapter(Adapter):
 
     def counted_from(self, held: range, positions: range) -> int:
         """What the numbers in the names of a rank count from."""
-        return positions.start if self.place.counts_from_all else held.start
+        return self.place.counted_from(held, positions)
 
 
 __all__ = ["ShardedAdapter"]

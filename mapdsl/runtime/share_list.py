@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec
+from mapdsl.runtime.codecs.storage import RAW_STORAGE, Storage
 from mapdsl.runtime.complement import Alternatives, Raw
 from mapdsl.runtime.errors import ConversionError
-from mapdsl.runtime.fitting import Pattern
-from mapdsl.runtime.name_list import NameList
+from mapdsl.runtime.name_list import Listed, NameList
 from mapdsl.runtime.names import Wide
-from mapdsl.runtime.sizes import Size
+from mapdsl.runtime.sizes import SizeError, axis_sizes, counted
 from mapdsl.runtime.stored_forms import AS_IS
 
-
-class Shown(NamedTuple):
-    """A tensor that a rank may hold: its name, how it may be stored, the pattern of its shape, the axes known."""
-
-    name: str
-    stored: Alternatives
-    pattern: str | None
-    sizes: Mapping[str, Size]
+if TYPE_CHECKING:
+    from mapdsl.runtime.sharded_adapter import ShardedAdapter
 
 
 class ShareList(NameList):
-    """Lists what would be taken of a state: optional tensors and those that wildcards name too.
+    """Lists what would be taken of a state, as `shown`: optional tensors and those that wildcards name too.
 
     Of `tensors` only the names are looked at, and, where `alternative` is asked for, dtypes and shapes.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
-        self.shown: list[Shown] = []
+        self.shown: list[Listed] = []
         self.any_wild = False
 
     def drop(self, name: str, stored: Alternatives = AS_IS) -> None:
@@ -43,7 +37,7 @@ class ShareList(NameList):
         parts = (part for one in stored if isinstance(one, Codec) for part in one.names(name))
         for part in dict.fromkeys((name, *parts)):
             if part in self:
-                self._show(part, AS_IS, None, {})
+                self.shown.append(Listed(part, AS_IS, None, {}))
 
     def wild(self, pattern: str, *but: Wide) -> Iterator[tuple[str, ...]]:
         """See `StateNames.wild`; notes that names are read off the state."""
@@ -55,32 +49,43 @@ class ShareList(NameList):
         super().shut(*names)
         super(NameList, self).shut(*names)
 
-    def is_there(self, shown: Shown) -> bool:
+    def is_there(self, shown: Listed) -> bool:
         """Whether the state has a tensor, in one of its formats."""
         return shown.name in self or self._elsewhere(shown.name, shown.stored)
 
-    def alternative(self, shown: Shown) -> Codec | Raw:
+    def storage(self, shown: Listed) -> Storage:
         """The format that a tensor of the state is in."""
         self._begin()
-        return self._alternative(shown.name, shown.stored)
+        codec = self._alternative(shown.name, shown.stored)
+        return RAW_STORAGE if isinstance(codec, Raw) else codec.storage
 
-    def spelled(self, name: str) -> str:
-        """What the state calls a tensor: it may have a legacy name."""
-        return self._spelled.get(name, name)
+    def parts(self, shown: Listed, storage: Storage) -> dict[str, str]:
+        """What the state calls the parts of a tensor, by role: it may have legacy names."""
+        return {role: self._spelled.get(part, part) for role, part in storage.part_names(shown.name).items()}
 
-    def _note(
-        self,
-        name: str,
-        stored: Alternatives,
-        shape: Pattern | None,
-        optional: bool,
-        sizes: Mapping[str, Size],
-        twin: str | None = None,
-    ) -> None:
-        super()._note(name, stored, shape, optional, sizes, twin)
-        if shape is not None and not isinstance(shape, str):
-            raise ConversionError("X307", f"{name} has no pattern: compile the map again")
-        self._show(name, stored, shape, sizes)
+    def _note(self, of: Listed, optional: bool) -> None:
+        super()._note(of, optional)
+        self.shown.append(of)
 
-    def _show(self, name: str, stored: Alternatives, pattern: str | None, sizes: Mapping[str, Size]) -> None:
-        self.shown.append(Shown(name, stored, pattern, sizes))
+
+def listed(adapter: ShardedAdapter, side: str, names: Mapping[str, object]) -> Iterable[tuple[Listed, str]]:
+    """What a rank holds of a whole state of these names: see `with_whole_names`."""
+    return with_whole_names(adapter, side, adapter.list_shares(side, names))  # type: ignore[arg-type]
+
+
+def with_whole_names(adapter: ShardedAdapter, side: str, shares: ShareList) -> Iterable[tuple[Listed, str]]:
+    """Each tensor that a rank may hold, with what a whole state calls it."""
+    everywhere = shares
+    if adapter.place.counts_locally:
+        everywhere = adapter.counting_from_all().list_shares(side, shares.tensors)
+    return zip(shares.shown, (one.name for one in everywhere.shown), strict=True)
+
+
+def sizes_of(shown: Listed, shape: Sequence[int], known: Mapping[str, int] | None = None) -> dict[str, int]:
+    """The sizes of all axes of a rank's tensor; ConversionError where its shape does not fit the pattern."""
+    if shown.pattern is None:
+        return {}
+    try:
+        return axis_sizes(shown.pattern, shape, {**counted(shown.sizes), **(known or {})})
+    except SizeError as problem:
+        raise ConversionError(problem.code, f"{shown.name}: {problem}") from None

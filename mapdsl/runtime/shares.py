@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -51,6 +51,12 @@ Dimensions = tuple[Held, ...]
 
 Ranks = Mapping[str, int]
 """Numbers of ranks, or the places of one rank, by mesh."""
+
+
+def all_ranks(ranks: Ranks) -> Iterator[dict[str, int]]:
+    """Every rank of these numbers of ranks, the last mesh fastest."""
+    for coordinates in itertools.product(*map(range, ranks.values())):
+        yield dict(zip(ranks, coordinates, strict=True))
 
 
 def whole(size: int) -> Held:

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mapdsl.runtime.codecs.storage import RAW_STORAGE, Storage
-from mapdsl.runtime.complement import Raw
-from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.codecs.storage import Storage
+from mapdsl.runtime.errors import ConversionError, some_of
+from mapdsl.runtime.name_list import Listed
 from mapdsl.runtime.part_shares import held_parts
 from mapdsl.runtime.place import Place, uneven
 from mapdsl.runtime.placements import Along, Dimensions, NoPlacementError, placements
-from mapdsl.runtime.share_list import Shown
+from mapdsl.runtime.share_list import sizes_of, with_whole_names
 from mapdsl.runtime.shares import Held, held_of, share, whole
-from mapdsl.runtime.sizes import SizeError, axis_sizes, counted, parse_pattern
+from mapdsl.runtime.sizes import parse_pattern
 
 if TYPE_CHECKING:
     from mapdsl.runtime.sharded_adapter import ShardedAdapter
@@ -37,7 +37,7 @@ class Part:
 
     name: str
     role: str
-    shown: Shown
+    shown: Listed
     storage: Storage
     shape: tuple[int, ...]
     apart: frozenset[str]
@@ -107,15 +107,14 @@ class Spread:
         self.place, self.meshes = adapter.place, adapter.MESHES
         self._state, self._is_whole = state, is_whole
         self._shares = adapter.list_shares(side, state)
-        everywhere = adapter.counting_from_all().list_shares(side, state)
-        pairs = zip(self._shares.shown, everywhere.shown, strict=True)
-        self._here = [(shown, other.name) for shown, other in pairs if self._shares.is_there(shown)]
+        pairs = with_whole_names(adapter, side, self._shares)
+        self._here = [(shown, name) for shown, name in pairs if self._shares.is_there(shown)]
         self._there = {mesh: self._along(adapter, side, mesh) for mesh, size in adapter.place.ranks.items() if size > 1}
         self._known: _Known = {}
 
-    def _along(self, adapter: ShardedAdapter, side: str, mesh: str) -> list[tuple[Place, dict[str, Shown]]]:
+    def _along(self, adapter: ShardedAdapter, side: str, mesh: str) -> list[tuple[Place, dict[str, Listed]]]:
         """What each rank along a mesh holds, under the names of a whole state."""
-        names = dict.fromkeys(part for shown, name in self._here for part in self._storage(shown).names(name))
+        names = dict.fromkeys(part for shown, name in self._here for part in self._shares.storage(shown).names(name))
         found = []
         for coordinate in range(self.place.size(mesh)):
             rank = {**self.place.rank, mesh: coordinate}
@@ -128,8 +127,8 @@ class Spread:
         """Every stored tensor of the state."""
         left = dict.fromkeys(self._state)
         for shown, name in self._here:
-            storage = self._storage(shown)
-            names = {role: self._shares.spelled(part) for role, part in storage.part_names(shown.name).items()}
+            storage = self._shares.storage(shown)
+            names = self._shares.parts(shown, storage)
             for part in names.values():
                 if part not in self._state:
                     raise ConversionError("R605", f"{part} is missing: it belongs to {shown.name}")
@@ -142,16 +141,11 @@ class Spread:
                 shape = tuple(self._state[part].shape)
                 yield Part(part, role, shown, storage, shape, apart, self.place, axes, self._known)
         if left:
-            names_left = ", ".join(list(left)[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-            raise ConversionError("R603", f"no rule reads {names_left}")
-
-    def _storage(self, shown: Shown) -> Storage:
-        codec = self._shares.alternative(shown)
-        return RAW_STORAGE if isinstance(codec, Raw) else codec.storage
+            raise ConversionError("R603", f"no rule reads {some_of(left)}")
 
     # --- axes ---
 
-    def _axes(self, shown: Shown, name: str, shape: tuple[int, ...], is_whole: bool, apart: frozenset[str]) -> Axes:
+    def _axes(self, shown: Listed, name: str, shape: tuple[int, ...], is_whole: bool, apart: frozenset[str]) -> Axes:
         """What every rank holds of each axis of a tensor."""
         if shown.pattern is None:
             return {}
@@ -161,10 +155,7 @@ class Spread:
         told = {axis: held for axis, mesh in cut.items() if (held := self._told(axis, name, mesh)) is not None}
         here = {axis: held[self.place.coordinate(cut[axis])] for axis, held in told.items()}
         known = {axis: held.size if is_whole else held.local_size for axis, held in here.items()}
-        try:
-            sizes = axis_sizes(shown.pattern, shape, {**counted(shown.sizes), **known})
-        except SizeError as problem:
-            raise ConversionError(problem.code, f"{shown.name}: {problem}") from None
+        sizes = sizes_of(shown, shape, known)
         found: dict[str, tuple[str | None, tuple[Held, ...]]] = {axis: (None, (whole(n),)) for axis, n in sizes.items()}
         for axis, mesh in cut.items():
             found[axis] = mesh, told[axis] if axis in told else self._shared(shown, axis, mesh, sizes[axis], is_whole)
@@ -185,7 +176,7 @@ class Spread:
         total = max((one.stop - begin for one in held if one), default=0)
         return tuple(Held(total, ((one.start - begin, one.stop - begin),) if one else ()) for one in held)
 
-    def _shared(self, shown: Shown, axis: str, mesh: str, size: int, is_whole: bool) -> tuple[Held, ...]:
+    def _shared(self, shown: Listed, axis: str, mesh: str, size: int, is_whole: bool) -> tuple[Held, ...]:
         """The same of an axis of which just its size is known, on this rank or on all."""
         ranks, how = self.place.size(mesh), self.place.how(axis)
         if not is_whole and how != "evenly":

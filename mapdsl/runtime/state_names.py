@@ -9,7 +9,7 @@ from torch import Tensor
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.complement import RAW, Alternatives
 from mapdsl.runtime.errors import ConversionError
-from mapdsl.runtime.names import Wide, captures, literal_start
+from mapdsl.runtime.names import Wide, captures, literal_end, literal_start
 
 AS_IS: Alternatives = (RAW,)
 
@@ -63,7 +63,7 @@ class StateNames:
 
     def _fitting(self, pattern: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Names not taken yet that fit a pattern, with what its wildcards stand for."""
-        start = literal_start(pattern)
+        start, end = literal_start(pattern), literal_end(pattern)
         for name in [*self._left, *self._fetched]:
-            if name.startswith(start) and (texts := captures(pattern, name)) is not None:
+            if name.startswith(start) and name.endswith(end) and (texts := captures(pattern, name)) is not None:
                 yield name, texts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
 from typing import cast
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.complement import RAW, Alternatives, Raw
-from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.errors import ConversionError, some_of
 from mapdsl.runtime.fitting import Pattern, compare, fitted, place, reshaped, same_bytes, window
 from mapdsl.runtime.group import GroupAtHand
 from mapdsl.runtime.sizes import Size, counted
@@ -30,7 +29,7 @@ class Take(GroupAtHand):
     decoded, in `dtype`; what decoding loses goes to `entries`, legacy spellings to `spelled`. With `partial`, groups
     that are absent as a whole are left out; a part of a group is an error always. Without `quantization` a tensor that
     may be stored as it is on the other side is decoded even where both sides share its codec. `decoded` are, by name,
-    dtypes to decode to in the place of `dtype`.
+    dtypes to decode to in the place of `dtype`. Without `keep` nothing is remembered of a tensor but its format.
     """
 
     # --- single tensors ---
@@ -117,10 +116,11 @@ class Take(GroupAtHand):
         self._check_shape(name, member, tuple(tensor.shape))
         return tensor
 
-    def into(self, view: Tensor, name: str, *, copy: bool = False) -> None:
+    def into(self, view: Tensor, name: str, *, copy: bool | None = None) -> None:
         """Take a tensor of the group at hand and write it to its place in another, `view`.
 
-        `view` may cut the tensor's dimensions finer. A `copy` must equal what is there.
+        `view` may cut the tensor's dimensions finer. A `copy` must equal what is there; of several the first is none,
+        False, and what has no copies neither.
         """
         codec = self._alternative(name, self._members[name].stored)
         if not (copy or isinstance(codec, Raw) or self._members[name].moved):
@@ -131,7 +131,15 @@ class Take(GroupAtHand):
         tensor = self.part(name)
         if tensor.shape != view.shape and self._members[name].shape is not None:
             tensor = reshaped(name, tensor, view)
-        (compare if copy else place)(view, tensor, name)
+        if copy is None:
+            place(view, tensor, name)
+            return
+        spot = (view.storage_offset(), tuple(view.shape)) if isinstance(view, Tensor) else ()
+        if copy:
+            compare(view, tensor, name, self._first_copies.get(spot))
+        else:
+            place(view, tensor, name)
+            self._first_copies[spot] = name
 
     # --- tensors of one side only ---
 
@@ -221,6 +229,5 @@ class Take(GroupAtHand):
         """Refuse what no rule has taken."""
         left = [*self._left, *(name for name in self._fetched if name not in self._left)]
         if left:
-            shown = ", ".join(self._spelled.get(name, name) for name in islice(left, 5))
-            more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-            raise ConversionError("R603", f"no rule reads {shown}{more}")
+            names = [self._spelled.get(name, name) for name in left]
+            raise ConversionError("R603", f"no rule reads {some_of(names)}")

@@ -18,9 +18,10 @@ from mapdsl.compiler.fields import block_multiples
 from mapdsl.compiler.sharding import how
 from mapdsl.language import tree
 from mapdsl.language.diagnostics import MapError
+from mapdsl.runtime.shares import Ranks
 from mapdsl.testing.comparing import PropertyError
 from mapdsl.testing.configs import RANKS, draw_ranks, value_of
-from mapdsl.testing.shares import KEEPING_POSITIONS, Held, Ranks, Reading, UnevenError, partial_meshes
+from mapdsl.testing.shares import Held, Reading, UnevenError, partial_meshes
 from mapdsl.testing.states import SIDES, Group, State
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Cuts:
                 here = group.rule.side(side)
                 across = group.rule.left if side == "right" else group.rule.right
                 codecs = [codec for tensor in (*here, *across) for codec in self.expansion.codecs(tensor)]
-                codecs = [codec for codec in codecs if codec.kind not in KEEPING_POSITIONS]
+                codecs = [codec for codec in codecs if not codec.is_elementwise]
                 for held in reading.held(group, side, place) if codecs else ():
                     if any(reading.cuts_a_block(held, codec) for codec in codecs):
                         return True

@@ -20,7 +20,7 @@ from mapdsl.language.diagnostics import error
 from mapdsl.runtime.sizes import SizeError, axis_sizes, shape_of
 from mapdsl.testing.bits import FLOATS, finite, ordinary, random_bits, small_numbers
 from mapdsl.testing.configs import EVEN_SIZES, SIZES, ContradictionError, value_of
-from mapdsl.testing.finishing import clear_padding, make_copies, make_ties, respell
+from mapdsl.testing.finishing import clear_padding, clear_zeros, make_copies, make_ties, respell
 from mapdsl.testing.formats import Formats, cast_dtype, fits, holds_raw, packs, runtime_codec
 from mapdsl.testing.readers import Readers
 from mapdsl.testing.shares import partial_meshes
@@ -168,6 +168,7 @@ class Drawer:
             group.tensors.append(Logical(named, shape, codec, parts))
         make_copies(self.expansion, group, side)
         clear_padding(self.expansion, group, side)
+        clear_zeros(self.expansion, group, side)
         return group
 
     def _sizes(self, match: Match, rule: ir.Rule) -> dict[str, int]:

@@ -61,6 +61,21 @@ def clear_padding(expansion: Expansion, group: Group, side: str) -> None:
                 group.exact &= tensor.codec is None or tensor.codec.kind in ("raw", "cast")
 
 
+def clear_zeros(expansion: Expansion, group: Group, side: str) -> None:
+    """Make zeros of what the other side lacks. In a format all of the payload is."""
+    layout, number = expansion.checked.layouts[group.match.rule], 0 if side == "left" else 1
+    placement = Placement(group.rule, layout, expansion.map.indices, group.sizes)
+    for piece in layout.zeros[number]:
+        for tensor in (tensor for tensor in group.tensors if tensor.named.place == piece.tensor):
+            payload = bits(next(iter(tensor.parts.values())))
+            if tensor.codec is None or tensor.codec.kind in ("raw", "cast"):
+                placement.view(payload, piece, number).zero_()
+            elif tensor.codec.kind in ir.QUANTISED:
+                payload.zero_()
+            else:
+                raise ContradictionError(f"what {tensor.codec.name} makes zeros of is not drawn")
+
+
 def make_ties(expansion: Expansion, state: State) -> None:
     """Tied tensors become those that they equal; a tie needs its twin."""
     known: dict[str, Any] = state.canonical

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mapdsl.runtime.codecs.storage import BlockStorage, Storage
 from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.shares import Ranks
 from mapdsl.testing.bits import bits
 from mapdsl.testing.comparing import PropertyError, compare, same_names
 from mapdsl.testing.cuts import Cuts, Shares, telling, told
 from mapdsl.testing.formats import runtime_codec
-from mapdsl.testing.shares import KEEPING_POSITIONS, PADDING, Held, Ranks, Reading
+from mapdsl.testing.shares import PADDING, Held, Reading
 from mapdsl.testing.states import SIDES, State, made_anyway
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _with_padding_filled(cuts: Cuts, reading: Reading, side: str, shares: Shares
     filled = [dict(share) for share in shares]
     for place, share in zip(reading.places, filled, strict=True):
         for held in cuts.held(reading, side, place):
-            if held.is_padded and (held.whole.codec is None or held.whole.codec.kind in KEEPING_POSITIONS):
+            if held.is_padded and (held.whole.codec is None or held.whole.codec.is_elementwise):
                 name = next(iter(held.part_names))
                 tensor = share[name].clone()
                 for dim, positions in enumerate(held.positions or ()):
@@ -265,7 +266,7 @@ def _differing(cuts: Cuts, reading: Reading, side: str, shares: Shares, twice: t
     for name in other.part_names:
         changed = shares[rank][name].clone()
         # Of a tensor in a format all positions are held twice, so all of its parts are.
-        at = place if other.whole.codec is None or other.whole.codec.kind in KEEPING_POSITIONS else None
+        at = place if other.whole.codec is None or other.whole.codec.is_elementwise else None
         words = bits(changed)
         words[at if at is not None else (-1,) * words.dim()] ^= 1
         states = [{**share, name: changed} if r == rank else share for r, share in enumerate(shares)]
@@ -289,7 +290,7 @@ def _common_place(one: Held, other: Held) -> tuple[int, ...] | None:
     if other.positions is None or one.positions is None:
         return (0,) * len(other.whole.shape)
     codec = other.whole.codec
-    if codec is not None and codec.kind not in KEEPING_POSITIONS:
+    if codec is not None and not codec.is_elementwise:
         alike = all(torch.equal(a, b) for a, b in zip(one.positions, other.positions, strict=True))
         return (0,) * len(other.shape) if alike and other.shape else None
     found = []

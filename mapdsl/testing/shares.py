@@ -21,14 +21,11 @@ from mapdsl.compiler.formula import evaluate
 from mapdsl.compiler.sharding import how
 from mapdsl.language import tree
 from mapdsl.runtime.codecs.storage import BlockStorage, Storage
-from mapdsl.runtime.shares import How
+from mapdsl.runtime.shares import How, Ranks
 from mapdsl.testing.bits import bits
 from mapdsl.testing.configs import value_of
 from mapdsl.testing.states import Group, Logical
 
-Ranks = Mapping[str, int]
-KEEPING_POSITIONS = ("raw", "cast", "add", "neg_exp")
-"""Formats that keep every element by itself."""
 PADDING = -1
 """Stands among positions for an element that is padding."""
 
@@ -155,7 +152,7 @@ class Reading:
 
     def cuts_a_block(self, held: Held, codec: Storage | None) -> bool:
         """Whether a rank's share of a tensor begins or ends within what a format stores as one."""
-        if codec is None or codec.kind in KEEPING_POSITIONS or held.positions is None:
+        if codec is None or codec.is_elementwise or held.positions is None:
             return False
         sizes = held.whole.shape
         if not isinstance(codec, BlockStorage):

@@ -1,6 +1,6 @@
 """Adapter of deepseek_v4: hf <-> native.
 
-Generated from deepseek_v4.map (sha256 aadaad280af0a98c).
+Generated from deepseek_v4.map (sha256 22af3ba2c8d66825).
 Do not edit: change the map and run `mapdsl compile`.
 """
 
@@ -15,6 +15,7 @@ from mapdsl.runtime.adapter import Adapter, Keys, Tensor
 from mapdsl.runtime.codecs.block_scaled import BlockScaled
 from mapdsl.runtime.complement import RAW
 from mapdsl.runtime.config import Config
+from mapdsl.runtime.fitting import only_zeros
 from mapdsl.runtime.items import positions
 from mapdsl.runtime.put import Put
 from mapdsl.runtime.take import Take
@@ -117,17 +118,26 @@ class DeepseekV4Adapter(Adapter):
         self.X = config.size(
             "X", lambda: config.field("hc_mult") * (config.field("hc_mult") + 2)
         )
+        self.lora_fused = config.flag("lora_fused", lambda: False)
+        self.lora_gate = config.flag(
+            "lora_gate", lambda: self.found("lora_gate"), lambda: True
+        )
+        self.lora_up = config.flag(
+            "lora_up", lambda: self.found("lora_up"), lambda: True
+        )
 
     def accept(self, take: Take) -> None:
         """Legacy spellings and layout variants of the `hf` side."""
-        # 121: accept layers.{L+k}.{..} for mtp.{k}.{..}
+        # 125: accept layers.{L+k}.{..} for mtp.{k}.{..}
         for k in range(self.M):
             for (rest,) in take.wild(f"layers.{self.L + k}.**"):
                 take.accept(f"layers.{self.L + k}.{rest}", f"mtp.{k}.{rest}")
-        # 122: accept model.layers.{L+k}.{..} for mtp.{k}.{..}
+        # 126: accept model.layers.{L+k}.{..} for mtp.{k}.{..}
         for k in range(self.M):
             for (rest,) in take.wild(f"model.layers.{self.L + k}.**"):
                 take.accept(f"model.layers.{self.L + k}.{rest}", f"mtp.{k}.{rest}")
+        self.look(take, "lora_gate", "**.experts.*.w1.lora_A.weight")
+        self.look(take, "lora_up", "**.experts.*.w3.lora_A.weight")
 
     def from_hf(
         self, state_dict: Mapping[str, Tensor], **options: Any
@@ -170,26 +180,29 @@ class DeepseekV4Adapter(Adapter):
         # 48: hc_head_scale <-> model.hc_head.hc_scale [1]
         put("model.hc_head.hc_scale", take("hc_head_scale", shape=(1,)))
         if self.vision > 0:
-            # 113: image_{t:start|end|newline|pad} <-> model.image_{t} [D] where vision > 0
+            # 117: image_{t:start|end|newline|pad} <-> model.image_{t} [D] where vision > 0
             for t in ("start", "end", "newline", "pad"):
                 put(f"model.image_{t}", take(f"image_{t}", shape=(self.D,)))
 
         for i in range(self.L):
             self._layers_to_right(take, put, f"layers.{i}", f"model.layers.{i}")
+            self._experts_to_right(
+                take, put, f"layers.{i}.ffn.experts", f"model.layers.{i}.mlp.experts"
+            )
             if i < self.H:
-                # 78: ffn.gate.tid2eid <-> mlp.gate.tid2eid [V T] where i < H
+                # 82: ffn.gate.tid2eid <-> mlp.gate.tid2eid [V T] where i < H
                 put(
                     f"model.layers.{i}.mlp.gate.tid2eid",
                     take(f"layers.{i}.ffn.gate.tid2eid", shape=(self.V, self.T)),
                 )
             if i >= self.H or self.vision > 0:
-                # 79: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E] where i >= H or vision > 0
+                # 83: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E] where i >= H or vision > 0
                 put(
                     f"model.layers.{i}.mlp.gate.e_score_correction_bias",
                     take(f"layers.{i}.ffn.gate.bias", shape=(self.E,)),
                 )
             if i < self.stated and i not in self.sliding:
-                # 93: compressor.norm.weight <-> compressor.kv_norm.weight [C]
+                # 97: compressor.norm.weight <-> compressor.kv_norm.weight [C]
                 put(
                     f"model.layers.{i}.self_attn.compressor.kv_norm.weight",
                     take(f"layers.{i}.attn.compressor.norm.weight", shape=(self.C,)),
@@ -199,12 +212,12 @@ class DeepseekV4Adapter(Adapter):
                     take, put, f"layers.{i}.attn", f"model.layers.{i}.self_attn"
                 )
             if i < self.stated and i not in self.sliding and i not in self.sparse:
-                # 109: compressor.ape <-> compressor.ape_param.weight [r C]
+                # 113: compressor.ape <-> compressor.ape_param.weight [r C]
                 put(
                     f"model.layers.{i}.self_attn.compressor.ape_param.weight",
                     take(f"layers.{i}.attn.compressor.ape", shape="r C", C=self.C),
                 )
-                # 110: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [C D]
+                # 114: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [C D]
                 for w in ("wgate", "wkv"):
                     put(
                         f"model.layers.{i}.self_attn.compressor.{w}.weight",
@@ -216,12 +229,15 @@ class DeepseekV4Adapter(Adapter):
 
         for k in range(self.M):
             self._layers_to_right(take, put, f"mtp.{k}", f"mtp.layers.{k}")
-            # 83: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E]
+            self._experts_to_right(
+                take, put, f"mtp.{k}.ffn.experts", f"mtp.layers.{k}.mlp.experts"
+            )
+            # 87: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E]
             put(
                 f"mtp.layers.{k}.mlp.gate.e_score_correction_bias",
                 take(f"mtp.{k}.ffn.gate.bias", shape=(self.E,)),
             )
-            # 84: {w:e_proj|h_proj}.weight as fp8|fp8v3|raw <-> {w}.weight [D Din]
+            # 88: {w:e_proj|h_proj}.weight as fp8|fp8v3|raw <-> {w}.weight [D Din]
             for w in ("e_proj", "h_proj"):
                 put(
                     f"mtp.layers.{k}.{w}.weight",
@@ -229,29 +245,29 @@ class DeepseekV4Adapter(Adapter):
                         f"mtp.{k}.{w}.weight", FP8_FP8V3_RAW, shape=(self.D, self.Din)
                     ),
                 )
-            # 85: {n:enorm|hnorm|norm}.weight <-> {n}.weight [D]
+            # 89: {n:enorm|hnorm|norm}.weight <-> {n}.weight [D]
             for n in ("enorm", "hnorm", "norm"):
                 put(
                     f"mtp.layers.{k}.{n}.weight",
                     take(f"mtp.{k}.{n}.weight", shape=(self.D,)),
                 )
-            # 86: hc_head_fn <-> hc_head.hc_fn [R W]
+            # 90: hc_head_fn <-> hc_head.hc_fn [R W]
             put(
                 f"mtp.layers.{k}.hc_head.hc_fn",
                 take(f"mtp.{k}.hc_head_fn", shape=(self.R, self.W)),
             )
-            # 87: hc_head_base <-> hc_head.hc_base [R]
+            # 91: hc_head_base <-> hc_head.hc_base [R]
             put(
                 f"mtp.layers.{k}.hc_head.hc_base",
                 take(f"mtp.{k}.hc_head_base", shape=(self.R,)),
             )
-            # 88: hc_head_scale <-> hc_head.hc_scale [1]
+            # 92: hc_head_scale <-> hc_head.hc_scale [1]
             put(
                 f"mtp.layers.{k}.hc_head.hc_scale",
                 take(f"mtp.{k}.hc_head_scale", shape=(1,)),
             )
             if self.L + k < self.stated and self.L + k not in self.sliding:
-                # 93: compressor.norm.weight <-> compressor.kv_norm.weight [C]
+                # 97: compressor.norm.weight <-> compressor.kv_norm.weight [C]
                 put(
                     f"mtp.layers.{k}.self_attn.compressor.kv_norm.weight",
                     take(f"mtp.{k}.attn.compressor.norm.weight", shape=(self.C,)),
@@ -265,12 +281,12 @@ class DeepseekV4Adapter(Adapter):
                 and self.L + k not in self.sliding
                 and self.L + k not in self.sparse
             ):
-                # 109: compressor.ape <-> compressor.ape_param.weight [r C]
+                # 113: compressor.ape <-> compressor.ape_param.weight [r C]
                 put(
                     f"mtp.layers.{k}.self_attn.compressor.ape_param.weight",
                     take(f"mtp.{k}.attn.compressor.ape", shape="r C", C=self.C),
                 )
-                # 110: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [C D]
+                # 114: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [C D]
                 for w in ("wgate", "wkv"):
                     put(
                         f"mtp.layers.{k}.self_attn.compressor.{w}.weight",
@@ -281,23 +297,23 @@ class DeepseekV4Adapter(Adapter):
                     )
 
         if self.vision > 0:
-            # 114: vision.{..} <-> model.vision.{..} else where vision > 0
+            # 118: vision.{..} <-> model.vision.{..} else where vision > 0
             for (rest,) in take.wild("vision.**"):
                 put.carried(f"model.vision.{rest}", take(f"vision.{rest}"))
-            # 115: aligner.{..} <-> model.aligner.{..} else where vision > 0
+            # 119: aligner.{..} <-> model.aligner.{..} else where vision > 0
             for (rest,) in take.wild("aligner.**"):
                 put.carried(f"model.aligner.{rest}", take(f"aligner.{rest}"))
-        # 118: mtp.{x}.{..} -> _ else
+        # 122: mtp.{x}.{..} -> _ else
         for number, rest in take.wild("mtp.#.**"):
             x = int(number)
             if x >= self.M:
                 take.drop(f"mtp.{x}.{rest}")
-        # 119: layers.{L+x}.{..} -> _ else
+        # 123: layers.{L+x}.{..} -> _ else
         for number, rest in take.wild("layers.#.**"):
             x = int(number) - self.L
             if x >= self.M:
                 take.drop(f"layers.{self.L + x}.{rest}")
-        # 120: model.layers.{L+x}.{..} -> _ else
+        # 124: model.layers.{L+x}.{..} -> _ else
         for number, rest in take.wild("model.layers.#.**"):
             x = int(number) - self.L
             if x >= self.M:
@@ -443,30 +459,123 @@ class DeepseekV4Adapter(Adapter):
             ),
         )
 
+    def _experts_to_right(self, take: Take, put: Put, hf: str, native: str) -> None:
+        """`hf` -> `native`, of the tensors under `hf` and `native`."""
+        if not self.lora_fused:
+            # experts_w.map:15: {e}.w2.lora_A.weight [x F] <-> lora_down_A [e F x] optional
+            lora_A_names = {
+                e_2: f"{hf}.{e_2}.w2.lora_A.weight" for e_2 in range(self.E)
+            }
+            if take.group((lora_A_names.values(), "x_2 F"), F=self.F, optional=True):
+                x_2 = take.size("x_2")
+                lora_down_A = take.empty(self.E, self.F, x_2)
+                for e_2, name in lora_A_names.items():
+                    take.into(lora_down_A[e_2].T, name)
+                put(f"{native}.lora_down_A", lora_down_A)
+            # experts_w.map:16: {e}.w2.lora_B.weight [D x] <-> lora_down_B [e x D] optional
+            lora_B_names = {
+                e_2: f"{hf}.{e_2}.w2.lora_B.weight" for e_2 in range(self.E)
+            }
+            if take.group((lora_B_names.values(), "Z x_2"), Z=self.Z, optional=True):
+                x_2 = take.size("x_2")
+                lora_down_B = take.empty(self.E, x_2, self.Z)
+                for e_2, name in lora_B_names.items():
+                    take.into(lora_down_B[e_2].T, name)
+                put(f"{native}.lora_down_B", lora_down_B)
+        if not self.lora_fused and self.lora_gate == self.lora_up:
+            # experts_w.map:20: {e}.{repeat j:w1|w3}.lora_A.weight [x D] <-> lora_gate_and_up_A [e D x] optional
+            lora_A_names2 = {
+                (e_2, j): f"{hf}.{e_2}.{hf_j}.lora_A.weight"
+                for e_2 in range(self.E)
+                for j, hf_j in enumerate(("w1", "w3"))
+            }
+            if take.group((lora_A_names2.values(), "x_2 Z"), Z=self.Z, optional=True):
+                x_2 = take.size("x_2")
+                lora_gate_and_up_A = take.empty(self.E, self.Z, x_2)
+                for (e_2, j), name in lora_A_names2.items():
+                    take.into(lora_gate_and_up_A[e_2].T, name, copy=j > 0)
+                put(f"{native}.lora_gate_and_up_A", lora_gate_and_up_A)
+            # experts_w.map:21: {e}.{j:w1|w3}.lora_B.weight [F x] <-> lora_gate_and_up_B [e x (j F)] optional
+            lora_B_names2 = {
+                (e_2, j): f"{hf}.{e_2}.{hf_j}.lora_B.weight"
+                for e_2 in range(self.E)
+                for j, hf_j in enumerate(("w1", "w3"))
+            }
+            if take.group((lora_B_names2.values(), "F x_2"), F=self.F, optional=True):
+                x_2 = take.size("x_2")
+                lora_gate_and_up_B = take.empty(self.E, x_2, 2 * self.F)
+                for (e_2, j), name in lora_B_names2.items():
+                    take.into(
+                        lora_gate_and_up_B.unflatten(2, (2, self.F))[e_2, :, j].T, name
+                    )
+                put(f"{native}.lora_gate_and_up_B", lora_gate_and_up_B)
+        if not self.lora_fused and self.lora_gate and not self.lora_up:
+            # experts_w.map:25: {e}.w1.lora_A.weight [x D] <-> lora_gate_and_up_A [e D x] optional
+            lora_A_names = {
+                e_2: f"{hf}.{e_2}.w1.lora_A.weight" for e_2 in range(self.E)
+            }
+            if take.group((lora_A_names.values(), "x_2 Z"), Z=self.Z, optional=True):
+                x_2 = take.size("x_2")
+                lora_gate_and_up_A = take.empty(self.E, self.Z, x_2)
+                for e_2, name in lora_A_names.items():
+                    take.into(lora_gate_and_up_A[e_2].T, name)
+                put(f"{native}.lora_gate_and_up_A", lora_gate_and_up_A)
+            # experts_w.map:26: {e}.w1.lora_B.weight [F x] <-> lora_gate_and_up_B [e x (F + zeros(F))] optional
+            lora_B_names = {
+                e_2: f"{hf}.{e_2}.w1.lora_B.weight" for e_2 in range(self.E)
+            }
+            if take.group((lora_B_names.values(), "F x_2"), F=self.F, optional=True):
+                x_2 = take.size("x_2")
+                lora_gate_and_up_B = take.zeros(self.E, x_2, self.F + self.F)
+                for e_2, name in lora_B_names.items():
+                    take.into(lora_gate_and_up_B.narrow(2, 0, self.F)[e_2].T, name)
+                put(f"{native}.lora_gate_and_up_B", lora_gate_and_up_B)
+        if not self.lora_fused and self.lora_up and not self.lora_gate:
+            # experts_w.map:28: {e}.w3.lora_A.weight [x D] <-> lora_gate_and_up_A [e D x] optional
+            lora_A_names = {
+                e_2: f"{hf}.{e_2}.w3.lora_A.weight" for e_2 in range(self.E)
+            }
+            if take.group((lora_A_names.values(), "x_2 Z"), Z=self.Z, optional=True):
+                x_2 = take.size("x_2")
+                lora_gate_and_up_A = take.empty(self.E, self.Z, x_2)
+                for e_2, name in lora_A_names.items():
+                    take.into(lora_gate_and_up_A[e_2].T, name)
+                put(f"{native}.lora_gate_and_up_A", lora_gate_and_up_A)
+            # experts_w.map:29: {e}.w3.lora_B.weight [F x] <-> lora_gate_and_up_B [e x (zeros(F) + F)] optional
+            lora_B_names = {
+                e_2: f"{hf}.{e_2}.w3.lora_B.weight" for e_2 in range(self.E)
+            }
+            if take.group((lora_B_names.values(), "F x_2"), F=self.F, optional=True):
+                x_2 = take.size("x_2")
+                lora_gate_and_up_B = take.zeros(self.E, x_2, self.F + self.F)
+                for e_2, name in lora_B_names.items():
+                    take.into(lora_gate_and_up_B.narrow(2, self.F, self.F)[e_2].T, name)
+                put(f"{native}.lora_gate_and_up_B", lora_gate_and_up_B)
+
     def _attn_to_right(self, take: Take, put: Put, hf: str, native: str) -> None:
         """`hf` -> `native`, of the tensors under `hf` and `native`."""
-        # 98: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
+        # 102: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
         put(
             f"{native}.compressor.ape_param.weight",
             take(f"{hf}.compressor.ape", shape=(4, 2 * self.C)),
         )
-        # 99: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
+        # 103: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
         for w in ("wgate", "wkv"):
             put(
                 f"{native}.compressor.{w}.weight",
                 take(f"{hf}.compressor.{w}.weight", shape=(2 * self.C, self.D)),
             )
-        # 100: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
+        # 104: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
         put(
             f"{native}.compressor.indexer.ape_param.weight",
             take(f"{hf}.indexer.compressor.ape", shape=(4, 2 * self.IC)),
         )
-        # 101: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
+        # 105: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
         put(
             f"{native}.compressor.indexer.kv_norm.weight",
             take(f"{hf}.indexer.compressor.norm.weight", shape=(self.IC,)),
         )
-        # 102: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
+        # 106: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
         for w in ("wgate", "wkv"):
             put(
                 f"{native}.compressor.indexer.{w}.weight",
@@ -474,7 +583,7 @@ class DeepseekV4Adapter(Adapter):
                     f"{hf}.indexer.compressor.{w}.weight", shape=(2 * self.IC, self.D)
                 ),
             )
-        # 103: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
+        # 107: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
         put(
             f"{native}.compressor.indexer.wq_b.weight",
             take(
@@ -483,7 +592,7 @@ class DeepseekV4Adapter(Adapter):
                 shape=(self.IA * self.IC, self.Q),
             ),
         )
-        # 104: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
+        # 108: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
         put(
             f"{native}.compressor.indexer.weights_proj.weight",
             take(f"{hf}.indexer.weights_proj.weight", shape=(self.IA, self.D)),
@@ -504,20 +613,23 @@ class DeepseekV4Adapter(Adapter):
         # 48: hc_head_scale <-> model.hc_head.hc_scale [1]
         put("hc_head_scale", take("model.hc_head.hc_scale", shape=(1,)))
         if self.vision > 0:
-            # 113: image_{t:start|end|newline|pad} <-> model.image_{t} [D] where vision > 0
+            # 117: image_{t:start|end|newline|pad} <-> model.image_{t} [D] where vision > 0
             for t in ("start", "end", "newline", "pad"):
                 put(f"image_{t}", take(f"model.image_{t}", shape=(self.D,)))
 
         for i in range(self.L):
             self._layers_to_left(take, put, f"layers.{i}", f"model.layers.{i}")
+            self._experts_to_left(
+                take, put, f"layers.{i}.ffn.experts", f"model.layers.{i}.mlp.experts"
+            )
             if i < self.H:
-                # 78: ffn.gate.tid2eid <-> mlp.gate.tid2eid [V T] where i < H
+                # 82: ffn.gate.tid2eid <-> mlp.gate.tid2eid [V T] where i < H
                 put(
                     f"layers.{i}.ffn.gate.tid2eid",
                     take(f"model.layers.{i}.mlp.gate.tid2eid", shape=(self.V, self.T)),
                 )
             if i >= self.H or self.vision > 0:
-                # 79: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E] where i >= H or vision > 0
+                # 83: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E] where i >= H or vision > 0
                 put(
                     f"layers.{i}.ffn.gate.bias",
                     take(
@@ -526,10 +638,10 @@ class DeepseekV4Adapter(Adapter):
                     ),
                 )
             if i < self.H and self.vision == 0:
-                # 80: _ <- mlp.gate.e_score_correction_bias where i < H and vision == 0
+                # 84: _ <- mlp.gate.e_score_correction_bias where i < H and vision == 0
                 take.drop(f"model.layers.{i}.mlp.gate.e_score_correction_bias")
             if i < self.stated and i not in self.sliding:
-                # 93: compressor.norm.weight <-> compressor.kv_norm.weight [C]
+                # 97: compressor.norm.weight <-> compressor.kv_norm.weight [C]
                 put(
                     f"layers.{i}.attn.compressor.norm.weight",
                     take(
@@ -542,7 +654,7 @@ class DeepseekV4Adapter(Adapter):
                     take, put, f"layers.{i}.attn", f"model.layers.{i}.self_attn"
                 )
             if i < self.stated and i not in self.sliding and i not in self.sparse:
-                # 109: compressor.ape <-> compressor.ape_param.weight [r C]
+                # 113: compressor.ape <-> compressor.ape_param.weight [r C]
                 put(
                     f"layers.{i}.attn.compressor.ape",
                     take(
@@ -551,7 +663,7 @@ class DeepseekV4Adapter(Adapter):
                         C=self.C,
                     ),
                 )
-                # 110: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [C D]
+                # 114: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [C D]
                 for w in ("wgate", "wkv"):
                     put(
                         f"layers.{i}.attn.compressor.{w}.weight",
@@ -563,43 +675,46 @@ class DeepseekV4Adapter(Adapter):
 
         for k in range(self.M):
             self._layers_to_left(take, put, f"mtp.{k}", f"mtp.layers.{k}")
-            # 83: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E]
+            self._experts_to_left(
+                take, put, f"mtp.{k}.ffn.experts", f"mtp.layers.{k}.mlp.experts"
+            )
+            # 87: ffn.gate.bias <-> mlp.gate.e_score_correction_bias [E]
             put(
                 f"mtp.{k}.ffn.gate.bias",
                 take(
                     f"mtp.layers.{k}.mlp.gate.e_score_correction_bias", shape=(self.E,)
                 ),
             )
-            # 84: {w:e_proj|h_proj}.weight as fp8|fp8v3|raw <-> {w}.weight [D Din]
+            # 88: {w:e_proj|h_proj}.weight as fp8|fp8v3|raw <-> {w}.weight [D Din]
             for w in ("e_proj", "h_proj"):
                 put(
                     f"mtp.{k}.{w}.weight",
                     take(f"mtp.layers.{k}.{w}.weight", shape=(self.D, self.Din)),
                     FP8_FP8V3_RAW,
                 )
-            # 85: {n:enorm|hnorm|norm}.weight <-> {n}.weight [D]
+            # 89: {n:enorm|hnorm|norm}.weight <-> {n}.weight [D]
             for n in ("enorm", "hnorm", "norm"):
                 put(
                     f"mtp.{k}.{n}.weight",
                     take(f"mtp.layers.{k}.{n}.weight", shape=(self.D,)),
                 )
-            # 86: hc_head_fn <-> hc_head.hc_fn [R W]
+            # 90: hc_head_fn <-> hc_head.hc_fn [R W]
             put(
                 f"mtp.{k}.hc_head_fn",
                 take(f"mtp.layers.{k}.hc_head.hc_fn", shape=(self.R, self.W)),
             )
-            # 87: hc_head_base <-> hc_head.hc_base [R]
+            # 91: hc_head_base <-> hc_head.hc_base [R]
             put(
                 f"mtp.{k}.hc_head_base",
                 take(f"mtp.layers.{k}.hc_head.hc_base", shape=(self.R,)),
             )
-            # 88: hc_head_scale <-> hc_head.hc_scale [1]
+            # 92: hc_head_scale <-> hc_head.hc_scale [1]
             put(
                 f"mtp.{k}.hc_head_scale",
                 take(f"mtp.layers.{k}.hc_head.hc_scale", shape=(1,)),
             )
             if self.L + k < self.stated and self.L + k not in self.sliding:
-                # 93: compressor.norm.weight <-> compressor.kv_norm.weight [C]
+                # 97: compressor.norm.weight <-> compressor.kv_norm.weight [C]
                 put(
                     f"mtp.{k}.attn.compressor.norm.weight",
                     take(
@@ -616,7 +731,7 @@ class DeepseekV4Adapter(Adapter):
                 and self.L + k not in self.sliding
                 and self.L + k not in self.sparse
             ):
-                # 109: compressor.ape <-> compressor.ape_param.weight [r C]
+                # 113: compressor.ape <-> compressor.ape_param.weight [r C]
                 put(
                     f"mtp.{k}.attn.compressor.ape",
                     take(
@@ -625,7 +740,7 @@ class DeepseekV4Adapter(Adapter):
                         C=self.C,
                     ),
                 )
-                # 110: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [C D]
+                # 114: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [C D]
                 for w in ("wgate", "wkv"):
                     put(
                         f"mtp.{k}.attn.compressor.{w}.weight",
@@ -636,10 +751,10 @@ class DeepseekV4Adapter(Adapter):
                     )
 
         if self.vision > 0:
-            # 114: vision.{..} <-> model.vision.{..} else where vision > 0
+            # 118: vision.{..} <-> model.vision.{..} else where vision > 0
             for (rest,) in take.wild("model.vision.**"):
                 put.carried(f"vision.{rest}", take(f"model.vision.{rest}"))
-            # 115: aligner.{..} <-> model.aligner.{..} else where vision > 0
+            # 119: aligner.{..} <-> model.aligner.{..} else where vision > 0
             for (rest,) in take.wild("model.aligner.**"):
                 put.carried(f"aligner.{rest}", take(f"model.aligner.{rest}"))
 
@@ -784,32 +899,150 @@ class DeepseekV4Adapter(Adapter):
             RAW_FP8_FP8V3,
         )
 
+    def _experts_to_left(self, take: Take, put: Put, hf: str, native: str) -> None:
+        """`native` -> `hf`, of the tensors under `hf` and `native`."""
+        if not self.lora_fused:
+            # experts_w.map:15: {e}.w2.lora_A.weight [x F] <-> lora_down_A [e F x] optional
+            lora_down_A = take(
+                f"{native}.lora_down_A",
+                shape="e_2 F x_2",
+                e_2=self.E,
+                F=self.F,
+                optional=True,
+            )
+            if lora_down_A is not None:
+                for e_2 in range(self.E):
+                    put.part(f"{hf}.{e_2}.w2.lora_A.weight", lora_down_A[e_2].T)
+            # experts_w.map:16: {e}.w2.lora_B.weight [D x] <-> lora_down_B [e x D] optional
+            lora_down_B = take(
+                f"{native}.lora_down_B",
+                shape="e_2 x_2 Z",
+                e_2=self.E,
+                Z=self.Z,
+                optional=True,
+            )
+            if lora_down_B is not None:
+                for e_2 in range(self.E):
+                    put.part(f"{hf}.{e_2}.w2.lora_B.weight", lora_down_B[e_2].T)
+        if not self.lora_fused and self.lora_gate == self.lora_up:
+            # experts_w.map:20: {e}.{repeat j:w1|w3}.lora_A.weight [x D] <-> lora_gate_and_up_A [e D x] optional
+            lora_gate_and_up_A = take(
+                f"{native}.lora_gate_and_up_A",
+                shape="e_2 Z x_2",
+                e_2=self.E,
+                Z=self.Z,
+                optional=True,
+            )
+            if lora_gate_and_up_A is not None:
+                for e_2 in range(self.E):
+                    for hf_j in ("w1", "w3"):
+                        put.part(
+                            f"{hf}.{e_2}.{hf_j}.lora_A.weight",
+                            lora_gate_and_up_A[e_2].T,
+                        )
+            # experts_w.map:21: {e}.{j:w1|w3}.lora_B.weight [F x] <-> lora_gate_and_up_B [e x (j F)] optional
+            lora_gate_and_up_B = take(
+                f"{native}.lora_gate_and_up_B",
+                shape="e_2 x_2 (j F)",
+                e_2=self.E,
+                j=2,
+                F=self.F,
+                optional=True,
+            )
+            if lora_gate_and_up_B is not None:
+                for e_2 in range(self.E):
+                    for j, hf_j in enumerate(("w1", "w3")):
+                        put.part(
+                            f"{hf}.{e_2}.{hf_j}.lora_B.weight",
+                            lora_gate_and_up_B.unflatten(2, (2, self.F))[e_2, :, j].T,
+                        )
+        if not self.lora_fused and self.lora_gate and not self.lora_up:
+            # experts_w.map:25: {e}.w1.lora_A.weight [x D] <-> lora_gate_and_up_A [e D x] optional
+            lora_gate_and_up_A = take(
+                f"{native}.lora_gate_and_up_A",
+                shape="e_2 Z x_2",
+                e_2=self.E,
+                Z=self.Z,
+                optional=True,
+            )
+            if lora_gate_and_up_A is not None:
+                for e_2 in range(self.E):
+                    put.part(f"{hf}.{e_2}.w1.lora_A.weight", lora_gate_and_up_A[e_2].T)
+            # experts_w.map:26: {e}.w1.lora_B.weight [F x] <-> lora_gate_and_up_B [e x (F + zeros(F))] optional
+            lora_gate_and_up_B = take(
+                f"{native}.lora_gate_and_up_B",
+                shape="e_2 x_2 (F + F)",
+                e_2=self.E,
+                F=self.F,
+                optional=True,
+            )
+            if lora_gate_and_up_B is not None:
+                only_zeros(
+                    lora_gate_and_up_B.narrow(2, self.F, self.F),
+                    f"{native}.lora_gate_and_up_B",
+                )
+                for e_2 in range(self.E):
+                    put.part(
+                        f"{hf}.{e_2}.w1.lora_B.weight",
+                        lora_gate_and_up_B.narrow(2, 0, self.F)[e_2].T,
+                    )
+        if not self.lora_fused and self.lora_up and not self.lora_gate:
+            # experts_w.map:28: {e}.w3.lora_A.weight [x D] <-> lora_gate_and_up_A [e D x] optional
+            lora_gate_and_up_A = take(
+                f"{native}.lora_gate_and_up_A",
+                shape="e_2 Z x_2",
+                e_2=self.E,
+                Z=self.Z,
+                optional=True,
+            )
+            if lora_gate_and_up_A is not None:
+                for e_2 in range(self.E):
+                    put.part(f"{hf}.{e_2}.w3.lora_A.weight", lora_gate_and_up_A[e_2].T)
+            # experts_w.map:29: {e}.w3.lora_B.weight [F x] <-> lora_gate_and_up_B [e x (zeros(F) + F)] optional
+            lora_gate_and_up_B = take(
+                f"{native}.lora_gate_and_up_B",
+                shape="e_2 x_2 (F + F)",
+                e_2=self.E,
+                F=self.F,
+                optional=True,
+            )
+            if lora_gate_and_up_B is not None:
+                only_zeros(
+                    lora_gate_and_up_B.narrow(2, 0, self.F),
+                    f"{native}.lora_gate_and_up_B",
+                )
+                for e_2 in range(self.E):
+                    put.part(
+                        f"{hf}.{e_2}.w3.lora_B.weight",
+                        lora_gate_and_up_B.narrow(2, self.F, self.F)[e_2].T,
+                    )
+
     def _attn_to_left(self, take: Take, put: Put, hf: str, native: str) -> None:
         """`native` -> `hf`, of the tensors under `hf` and `native`."""
-        # 98: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
+        # 102: compressor.ape <-> compressor.ape_param.weight [4 (2 C)]
         put(
             f"{hf}.compressor.ape",
             take(f"{native}.compressor.ape_param.weight", shape=(4, 2 * self.C)),
         )
-        # 99: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
+        # 103: compressor.{w:wgate|wkv}.weight <-> compressor.{w}.weight [(2 C) D]
         for w in ("wgate", "wkv"):
             put(
                 f"{hf}.compressor.{w}.weight",
                 take(f"{native}.compressor.{w}.weight", shape=(2 * self.C, self.D)),
             )
-        # 100: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
+        # 104: indexer.compressor.ape <-> compressor.indexer.ape_param.weight [4 (2 IC)]
         put(
             f"{hf}.indexer.compressor.ape",
             take(
                 f"{native}.compressor.indexer.ape_param.weight", shape=(4, 2 * self.IC)
             ),
         )
-        # 101: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
+        # 105: indexer.compressor.norm.weight <-> compressor.indexer.kv_norm.weight [IC]
         put(
             f"{hf}.indexer.compressor.norm.weight",
             take(f"{native}.compressor.indexer.kv_norm.weight", shape=(self.IC,)),
         )
-        # 102: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
+        # 106: indexer.compressor.{w:wgate|wkv}.weight <-> compressor.indexer.{w}.weight [(2 IC) D]
         for w in ("wgate", "wkv"):
             put(
                 f"{hf}.indexer.compressor.{w}.weight",
@@ -818,7 +1051,7 @@ class DeepseekV4Adapter(Adapter):
                     shape=(2 * self.IC, self.D),
                 ),
             )
-        # 103: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
+        # 107: indexer.wq_b.weight as fp8|fp8v3|raw <-> compressor.indexer.wq_b.weight [(IA IC) Q]
         put(
             f"{hf}.indexer.wq_b.weight",
             take(
@@ -827,7 +1060,7 @@ class DeepseekV4Adapter(Adapter):
             ),
             FP8_FP8V3_RAW,
         )
-        # 104: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
+        # 108: indexer.weights_proj.weight <-> compressor.indexer.weights_proj.weight [IA D]
         put(
             f"{hf}.indexer.weights_proj.weight",
             take(

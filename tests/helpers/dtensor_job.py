@@ -1,16 +1,8 @@
-"""Checks of DTensors in a job of several processes: `python -m tests.helpers.dtensor_job RANK WORLD STORE`.
-
-Every process runs every check for a job of its size, in one order, prints the name of each that held, and stops at the
-first that does not.
-"""
+"""Checks of DTensors in a job of several processes."""
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -22,8 +14,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from mapdsl.runtime.errors import ConversionError
-from mapdsl.runtime.resharding import listed, places
+from mapdsl.runtime.resharding import places
+from mapdsl.runtime.share_list import listed
 from tests.helpers.execution import map_of
+from tests.helpers.jobs import Checks
 
 State = dict[str, Tensor]
 
@@ -68,16 +62,7 @@ r.weight [d f] as rows <-> r.weight [d f] as rows
 {j:gate|up}.weight [f d] as fp8 <-> fused.weight [(j f) d] as fp8
 """
 
-CHECKS: dict[str, tuple[tuple[int, ...], Callable[[], None]]] = {}
-"""By name, the sizes of jobs that a check is for."""
-
-
-def check(*worlds: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    def listed_too(function: Callable[[], None]) -> Callable[[], None]:
-        CHECKS[function.__name__] = worlds, function
-        return function
-
-    return listed_too
+check = Checks()
 
 
 @cache
@@ -331,24 +316,5 @@ def every_rank_is_found() -> None:
     expect("N113", lambda: adapter.shard(whole, ranks), "which rank of")
 
 
-def main() -> None:
-    """Run all checks of this job."""
-    rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    for name, (worlds, function) in CHECKS.items():
-        if world not in worlds:
-            continue
-        try:
-            function()
-        except BaseException:
-            print(f"{name} on rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            os._exit(1)
-        print(name, flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    check.main()

@@ -35,6 +35,10 @@ class PackedIntStorage(Storage):
         return names | ({"order": self.order} if self.layout == "gptq" else {})
 
     @property
+    def is_elementwise(self) -> bool:
+        return False
+
+    @property
     def moves_whole(self) -> bool:
         return False
 
@@ -108,6 +112,10 @@ class GroupStorage(Storage):
     @cached_property
     def templates(self) -> dict[str, str]:
         return {"payload": self.payload, "scale": self.scale}
+
+    @property
+    def is_elementwise(self) -> bool:
+        return False
 
     @property
     def moves_whole(self) -> bool:

@@ -127,6 +127,7 @@ def each(work: Callable[[T], object], items: Iterable[T], device: torch.device) 
     An error is raised when no thread is at work any more. A few items are not worth waking threads.
     """
     waiting = deque(items)
+    _has_worked[0] = True
     is_inference = torch.is_inference_mode_enabled()
 
     def run() -> None:
@@ -156,6 +157,7 @@ def each(work: Callable[[T], object], items: Iterable[T], device: torch.device) 
 
 
 _role = threading.local()
+_has_worked = [False]
 _pools: dict[int, ThreadPoolExecutor] = {}  # by their number of threads; at most one
 
 
@@ -179,12 +181,17 @@ def work_alone() -> None:
     torch.set_num_threads(1)
 
 
-def _forget_pools() -> None:
-    """The threads of a process do not live on in its children."""
+def _begin_as_child() -> None:
+    """The threads of a process do not live on in its children: one that is forked works on one thread.
+
+    Torch's operators would wait for theirs for ever, once the parent has had work for them.
+    """
     global _lock
     _lock = threading.Lock()
     _pools.clear()
+    if _has_worked[0]:
+        torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pools)
+    os.register_at_fork(after_in_child=_begin_as_child)

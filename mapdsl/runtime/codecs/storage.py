@@ -76,6 +76,11 @@ class Storage:
         return 1
 
     @property
+    def is_elementwise(self) -> bool:
+        """Whether each element is stored by itself, so that a share of a tensor may begin and end anywhere."""
+        return True
+
+    @property
     def moves_whole(self) -> bool:
         """Whether all parts have the tensor's leading dimensions, so that it can be stacked without being decoded."""
         return True
@@ -194,6 +199,10 @@ class BlockStorage(Storage):
         if not self.bits:
             return 1
         return (32 if self.packed == "i32" else 8) // self.bits
+
+    @property
+    def is_elementwise(self) -> bool:
+        return False
 
     @property
     def moves_whole(self) -> bool:
