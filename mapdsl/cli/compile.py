@@ -20,6 +20,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("file", metavar="FILE", help=FILE_HELP)
     parser.add_argument("-o", "--output", metavar="OUT.py", help="where to write the module")
     parser.add_argument("--standalone", action="store_true", help="a module that needs torch alone, not mapdsl")
+    target = "a module with a class for that framework, too: see docs/automodel.md"
+    parser.add_argument("--target", choices=("automodel",), help=target)
     parser.add_argument("--tests", metavar="TEST.py", help="write the map's round-trip property tests there")
 
 
@@ -31,7 +33,13 @@ def run(arguments: argparse.Namespace) -> int:
     loaded = load(arguments.file)
     _refuse_same([loaded.source.path, *outputs])
     checked = loaded.checked
-    if arguments.standalone:
+    if arguments.standalone and arguments.target is not None:
+        raise UsageError(f"--target {arguments.target} is a module that needs mapdsl, not --standalone")
+    if arguments.target == "automodel":
+        from mapdsl.emit.automodel import automodel_source
+
+        module = automodel_source(checked)
+    elif arguments.standalone:
         from mapdsl.emit.standalone import standalone_source
 
         module = standalone_source(checked)

@@ -1,0 +1,78 @@
+"""The adapter module of a map for NeMo Automodel: the adapter, and a class that stands in the place of Automodel's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mapdsl.compiler import ir
+from mapdsl.compiler.check import Checked
+from mapdsl.compiler.names import patterns
+from mapdsl.emit.adapter import adapter_source, class_name, environment
+from mapdsl.emit.expressions import pattern_code, quoted
+from mapdsl.emit.layout import Bracketed, lines, listed
+from mapdsl.language import tree
+
+_BASE = ("mapdsl.frameworks.automodel", "AutomodelAdapter")
+_ABSTRACT = ("nemo_automodel.components.checkpoint.state_dict_adapter", "StateDictAdapter")
+_MIXIN = ("nemo_automodel.components.moe.state_dict_mixin", "MoESplitExpertsStateDictMixin")
+
+# Families whose models in transformers have fused experts, by what they call them: their LoRA is stored for those.
+_FUSED_LORA = {
+    "qwen3_moe": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    "minimax_m2": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    "nemotron_v3": ("mixer.experts.up_proj", "mixer.experts.down_proj"),
+}
+
+
+def automodel_source(checked: Checked, command: str = "mapdsl compile") -> str:
+    """The Python source of the module; MapError where there is none of the adapter."""
+    experts = expert_patterns(checked)
+    # Automodel's own code asks for its mixin to tell that a model has experts; whatever it does, the base does.
+    bases = [_BASE, *([_MIXIN] if experts else []), _ABSTRACT]
+    module = adapter_source(checked, f"{command} --target automodel", bases)
+    name = class_name(checked.map.name)
+    classes = Bracketed(f"{name.removesuffix('Adapter')}StateDictAdapter", [base for _, base in bases])
+    fused = _FUSED_LORA.get(checked.map.name, ())
+    head = lines(classes, 0, before="class ", after=":")
+    text = (
+        environment()
+        .get_template("automodel.py.jinja")
+        .render(
+            head="\n".join(head),
+            name=checked.map.name,
+            adapter=name,
+            fused=lines(listed([quoted(one) for one in fused]), 1, before="FUSED_LORA = ") if fused else [],
+            experts=lines(listed(experts), 1, before="EXPERTS = ") if experts else [],
+        )
+    )
+    return module.rstrip() + "\n" + text.rstrip() + "\n"
+
+
+def expert_patterns(checked: Checked) -> list[str]:
+    """The right side's names, as code of the runtime's patterns, of tensors that begin with an index of the map."""
+    resolved = checked.map
+    found: dict[str, None] = {}
+    for rule, layout in zip(resolved.rules, checked.layouts, strict=True):
+        for tensor, shape in zip(rule.right, layout.shapes[1], strict=True):
+            first = shape.dimensions[0] if shape is not None and shape.dimensions else None
+            if isinstance(first, tree.Axis) and first.name in resolved.indices:
+                found |= dict.fromkeys(_patterns(tensor))
+    return sorted(found)
+
+
+def _patterns(tensor: ir.Tensor) -> list[str]:
+    """The names of a tensor, every number open, one pattern for each spelling of its enumerations."""
+    out = []
+    for pattern in patterns(tensor.template):
+        parts = [
+            tree.Text(part.spellings[pattern.choice[part.name]], span=part.span)
+            if isinstance(part, tree.EnumHole)
+            else part
+            for part in tensor.template.parts
+        ]
+        numbers = [part for part in parts if isinstance(part, tree.NumberHole)]
+        out.append(pattern_code(replace(tensor.template, parts=tuple(parts)), {}, {}, numbers))
+    return out
+
+
+__all__ = ["automodel_source", "expert_patterns"]

@@ -1,0 +1,1 @@
+"""What training frameworks ask for, on top of compiled adapters; nothing here imports one but torch."""

@@ -1,0 +1,127 @@
+"""What a conversion of a live model's state shares with the one back: what a load gave out, and what maps state.
+
+What converts is the compiled adapter, traced: links say which elements of which tensor each one is (`outgoing`,
+`incoming`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mapdsl.frameworks.layouts import Layout, local_of
+from mapdsl.frameworks.moves import seen
+from mapdsl.runtime.complement import Raw
+from mapdsl.runtime.dtensors import as_bytes, is_dtensor
+from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.fitting import only_zeros, same_bytes
+from mapdsl.runtime.links import Link, Region, joined_axes, whole_region
+from mapdsl.runtime.tracing import Source, Target, Trace
+
+State = Mapping[str, Tensor]
+
+
+class MissingTensorsError(ConversionError, RuntimeError):
+    """Tensors of a checkpoint that this process needs and that are not there."""
+
+
+@dataclass
+class Load:
+    """What a checkpoint is to be read into: the layouts of the model's tensors, and views of their memory by name.
+
+    `views` are the local tensors that were given out for stored tensors, `into` by the model's tensor those names.
+    """
+
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    views: dict[str, Tensor] = field(default_factory=dict)
+    into: dict[str, set[str]] = field(default_factory=dict)
+
+    def empty(self) -> set[str]:
+        """The tensors of which this process has no element: nothing was asked for them."""
+        return {name for name, layout in self.layouts.items() if 0 in layout.local_shape}
+
+    def forget(self, names: set[str]) -> None:
+        """Let go of the memory of tensors that have been read."""
+        for name in names:
+            self.layouts.pop(name, None)
+            for part in self.into.pop(name, ()):
+                self.views.pop(part, None)
+
+    def is_filled(self, name: str, state: State) -> bool:
+        """Whether all that was given out for a tensor of the model came back: it has what was read."""
+        views = self.into.get(name)
+        return bool(views) and all(part in state and _is_same(state[part], self.views[part]) for part in views or ())
+
+
+def _is_same(tensor: Tensor, view: Tensor) -> bool:
+    """Whether a tensor is a view that was given out: the same memory, seen the same way."""
+    local = local_of(tensor)
+    seen = (local.shape, local.stride(), local.dtype, local.device)
+    if local.is_meta or seen != (view.shape, view.stride(), view.dtype, view.device):
+        return False
+    return local.data_ptr() == view.data_ptr()
+
+
+def stated(target: Target, entries: Mapping[str, tuple[str, object]], device: torch.device) -> Tensor:
+    """A tensor that the map states a value for, in the dtype that it was read in, if it was."""
+    entry = entries.get(target.name)
+    found = getattr(torch, entry[0], None) if entry is not None else None
+    if isinstance(target.value, Tensor):
+        return target.value.to(device, found or target.value.dtype)
+    assert target.value is not None, f"{target.name} comes from nowhere"
+    return torch.full(target.shape, target.value, dtype=found or torch.bfloat16, device=device)
+
+
+def whole_along(tensor: Tensor, layout: Layout, dims: frozenset[int]) -> Tensor:
+    """What this process has of a DTensor that is whole along some dimensions of its mesh; all ranks there take part."""
+    detached = tensor.detach()
+    assert is_dtensor(detached)
+    local: Tensor = as_bytes(detached).redistribute(placements=layout.without(dims).placements()).to_local()
+    return local.view(tensor.dtype)
+
+
+def check_stated(found: Trace, state: State) -> None:
+    """Hold tensors against what the map states of them; R601 names what differs.
+
+    A tie is looked at where both tensors are held alike: their shards are equal, then.
+    """
+    for name, value in found.values.items():
+        if isinstance(found.sources[name].stored, Raw) and not local_of(state[name]).is_meta:
+            _check_value(name, state[name], value)
+    for name, other in found.ties.items():
+        if other in state and Layout.of(name, state[name]) == Layout.of(other, state[other]):
+            one, twin = local_of(state[name]), local_of(state[other])
+            if not one.is_meta and one.dtype == twin.dtype and one.data_ptr() != twin.data_ptr():
+                same_bytes(name, one, twin, other)
+    for source in found.sources.values():
+        for region in source.whole.zeros:
+            _check_zeros(source, region, state)
+
+
+def _check_value(name: str, tensor: Tensor, value: float | Tensor) -> None:
+    local, what = local_of(tensor), "the value that the map states"
+    if not isinstance(value, Tensor):
+        same_bytes(name, local, torch.full((), value, dtype=local.dtype, device=local.device).expand(local.shape), what)
+        return
+    wanted = value.to(local.device, local.dtype)
+    for block in Layout.of(name, tensor).blocks():
+        spans = zip(block.box, block.at, strict=True)
+        here = tuple(slice(at, at + end - begin) for (begin, end), at in spans)
+        same_bytes(name, local[here], wanted[tuple(slice(*span) for span in block.box)], what)
+
+
+def _check_zeros(source: Source, region: Region, state: State) -> None:
+    """Hold a part that the other side lacks against zeros."""
+    if not (source.is_there and isinstance(source.stored, Raw)):
+        return  # what is decoded is not at hand
+    name, everything = source.parts[0], whole_region(region.shape)
+    link = Link(name, region.at, name, everything.at, joined_axes(region, everything))
+    for block in Layout.of(name, state[name]).blocks():
+        for ranges in link.within("source", block.box):
+            only_zeros(seen(local_of(state[name]), block, link, "source", ranges), source.name)
+
+
+__all__ = ["Load", "MissingTensorsError", "State", "check_stated", "stated", "whole_along"]
