@@ -8,20 +8,13 @@ from mapdsl.compiler import ir
 from mapdsl.compiler.check import Checked
 from mapdsl.compiler.names import patterns
 from mapdsl.emit.adapter import adapter_source, class_name, environment
-from mapdsl.emit.expressions import pattern_code, quoted
+from mapdsl.emit.expressions import pattern_code
 from mapdsl.emit.layout import Bracketed, lines, listed
 from mapdsl.language import tree
 
 _BASE = ("mapdsl.frameworks.automodel", "AutomodelAdapter")
 _ABSTRACT = ("nemo_automodel.components.checkpoint.state_dict_adapter", "StateDictAdapter")
 _MIXIN = ("nemo_automodel.components.moe.state_dict_mixin", "MoESplitExpertsStateDictMixin")
-
-# Families whose models in transformers have fused experts, by what they call them: their LoRA is stored for those.
-_FUSED_LORA = {
-    "qwen3_moe": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-    "minimax_m2": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-    "nemotron_v3": ("mixer.experts.up_proj", "mixer.experts.down_proj"),
-}
 
 
 def automodel_source(checked: Checked, command: str = "mapdsl compile") -> str:
@@ -32,7 +25,6 @@ def automodel_source(checked: Checked, command: str = "mapdsl compile") -> str:
     module = adapter_source(checked, f"{command} --target automodel", bases)
     name = class_name(checked.map.name)
     classes = Bracketed(f"{name.removesuffix('Adapter')}StateDictAdapter", [base for _, base in bases])
-    fused = _FUSED_LORA.get(checked.map.name, ())
     head = lines(classes, 0, before="class ", after=":")
     text = (
         environment()
@@ -41,7 +33,6 @@ def automodel_source(checked: Checked, command: str = "mapdsl compile") -> str:
             head="\n".join(head),
             name=checked.map.name,
             adapter=name,
-            fused=lines(listed([quoted(one) for one in fused]), 1, before="FUSED_LORA = ") if fused else [],
             experts=lines(listed(experts), 1, before="EXPERTS = ") if experts else [],
         )
     )

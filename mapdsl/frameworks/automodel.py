@@ -44,12 +44,14 @@ class AutomodelAdapter:
     A class on it names the compiled adapter and the tensors whose first dimension is the routed expert, as patterns of
     the model's names (`#` is a number). `config` is the model's, as transformers or Automodel has it; of `backend` it
     matters whether grouped experts are the model's own memory. `dtype` is that of decoded tensors.
+
+    Some params of a map, where it has them, follow what Automodel asks: `packed` (experts are stored in a format that
+    is another layout) what it says of quantisation, `te` that the backend attends with Transformer Engine,
+    `lora_targets` are the parameters of experts that PEFT's `target_parameters` name.
     """
 
     ADAPTER: ClassVar[type[Adapter]]
     EXPERTS: ClassVar[tuple[str, ...]] = ()
-    # Parameters of grouped experts whose LoRA is stored as PEFT's `target_parameters` has it.
-    FUSED_LORA: ClassVar[tuple[str, ...]] = ()
 
     # Automodel sets it while an adapter is loaded whose metadata tell its layout.
     _paramwrapper_layout_hint: str | None = None
@@ -67,6 +69,8 @@ class AutomodelAdapter:
         self.backend = backend
         self.dtype = dtype
         self.adapter = self.ADAPTER(config, **params)
+        if getattr(backend, "attn", None) == "te" and hasattr(self.adapter, "te"):
+            self.adapter.config.given.setdefault("te", True)
         self._load = Load()
         self._view_loaded: set[str] = set()
         self._dtypes: dict[str, torch.dtype] = {}
@@ -94,7 +98,7 @@ class AutomodelAdapter:
         that `config` was read from, if it is one. Stored names that `exclude_key_regex` matches from their beginning
         are left out.
 
-        LoRA of experts is stored for the fused parameters `FUSED_LORA`, with `legacy_paramwrapper_layout` as PEFT to
+        LoRA of experts is stored for the map's `lora_targets`, with `legacy_paramwrapper_layout` as PEFT to
         0.19.0 has it; with `v4_compatible`, or without such parameters, for each projection of each expert. Raises
         ConversionError where the state does not fit the map.
         """
@@ -105,8 +109,8 @@ class AutomodelAdapter:
         prefix, tensors = outer_prefix(tensors)
         plain, low_rank = self._naming.split(tensors)
         load = self._load if for_checkpoint_load else None
-        is_fused = bool(self.FUSED_LORA) and not v4_compatible
-        with self._stored_anew(is_fused=is_fused, is_legacy=legacy_paramwrapper_layout):
+        is_fused = bool(self._v5_peft_target_parameters) and not v4_compatible
+        with self._stored_anew(packed=quantization, is_fused=is_fused, is_legacy=legacy_paramwrapper_layout):
             made: dict[str, Any]
             if load is None and not any(map(is_dtensor, plain.values())):
                 made = self._write(plain, quantization=quantization)
@@ -147,9 +151,9 @@ class AutomodelAdapter:
         tensors, others = _apart(state_dict)
         prefix, tensors = outer_prefix(tensors)
         plain, low_rank = self._naming.split(tensors)
-        with self._stored_anew(is_fused=bool(self.FUSED_LORA)):
+        with self._stored_anew(packed=False, is_fused=bool(self._v5_peft_target_parameters)):
             names = list(left_names_of(self.adapter, plain))
-        names += low_rank if self.FUSED_LORA else map(self._naming.left, low_rank)
+        names += low_rank if self._v5_peft_target_parameters else map(self._naming.left, low_rank)
         return [*(prefix + name for name in names), *(name for name in others if _EXTRA_STATE not in name)]
 
     def _write(self, state: dict[str, Tensor], *, quantization: bool) -> dict[str, Tensor]:
@@ -221,7 +225,8 @@ class AutomodelAdapter:
         """
         missing = lacking(self.adapter, state, partial=partial)
         if missing:
-            raise MissingTensorsError("R605", f"{len(missing)} tensors are missing: {some_of(missing)}")
+            many = f"{len(missing)} tensors are missing" if len(missing) > 1 else "a tensor is missing"
+            raise MissingTensorsError("R605", f"{many}: {some_of(missing)}")
         return self.adapter.read(state, dtype=self.dtype, partial=partial, keep=False)
 
     def expect_formats(self, stored: Mapping[str, Tensor]) -> None:
@@ -289,20 +294,22 @@ class AutomodelAdapter:
     @property
     def _v5_peft_target_parameters(self) -> tuple[str, ...]:
         """What Automodel writes to `target_parameters` of the config of an adapter."""
-        return self.FUSED_LORA
+        return tuple(getattr(self.adapter, "lora_targets", ()))
 
     def map_peft_target_module_to_hf(self, name: str, *, v4_compatible: bool = False, **options: Any) -> str:
         """What the LoRA of a module, or of a grouped expert's, is called by `to_hf`; the name itself if by no other."""
         del options
-        if self.FUSED_LORA and not v4_compatible:
+        if self._v5_peft_target_parameters and not v4_compatible:
             return name
         prefix = OUTER_PREFIX if name.startswith(OUTER_PREFIX) else ""
         return prefix + self._naming.module(name.removeprefix(prefix))
 
-    def _stored_anew(self, *, is_fused: bool = False, is_legacy: bool = False) -> AbstractContextManager[None]:
-        """LoRA is stored as asked, not as it was read: what Automodel writes beside it speaks of gates and ups."""
+    def _stored_anew(
+        self, *, packed: bool, is_fused: bool = False, is_legacy: bool = False
+    ) -> AbstractContextManager[None]:
+        """Layouts are as asked, not as they were read: what Automodel writes beside LoRA speaks of gates and ups."""
         layout = _LEGACY_LORA if is_legacy else _LORA
-        return self._given(lora_fused=is_fused, lora_layout=layout, lora_gate=True, lora_up=True)
+        return self._given(packed=packed, lora_fused=is_fused, lora_layout=layout, lora_gate=True, lora_up=True)
 
     @contextmanager
     def _given(self, **params: Any) -> Iterator[None]:

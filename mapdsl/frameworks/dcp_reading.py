@@ -159,7 +159,7 @@ class _Reading:
             ]
         if missing:
             names = sorted(set(missing))
-            raise MissingTensorsError("R605", f"the checkpoint {self.checkpoint.path} has not {some_of(names)}")
+            raise MissingTensorsError("R605", f"the checkpoint {self.checkpoint.path} lacks {some_of(names)}")
 
     def read(self, item: ReadItem, place: Tensor) -> None:
         """Fill a view of the model's memory with a box of one tensor."""

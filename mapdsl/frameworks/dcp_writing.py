@@ -163,7 +163,7 @@ class _Saving:
         blank = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in outline.items()}
         self.trace: Trace = trace(adapter, adapter.RIGHT, blank, quantization=quantization)
         if self.trace.lacking:
-            raise MissingTensorsError("R605", f"the state has not {some_of(list(self.trace.lacking))}")
+            raise MissingTensorsError("R605", f"the state lacks {some_of(list(self.trace.lacking))}")
 
     @cached_property
     def entries(self) -> list[Entry]:

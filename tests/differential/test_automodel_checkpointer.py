@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from nemo_automodel.components._peft.lora import PeftConfig, apply_lora_to_linea
 from nemo_automodel.components.checkpoint.config import CheckpointingConfig
 from safetensors.torch import load_file, save_file
 
-from tests.differential.automodel import Case, State, contiguous
+from tests.differential.automodel import Case, State, load
 from tests.differential.automodel_target import FAMILIES, in_place_of
 from tests.differential.quantised import fp8_checkpoint
 from tests.helpers.automodel_job import check, finite
@@ -98,6 +97,11 @@ def test_a_consolidated_export_is_the_same(family: str, tmp_path: Path) -> None:
     assert differences(found["ours"], finite(case)) == []
 
 
+def in_dtypes_of(state: State, expected: State) -> State:
+    """What a loader makes of tensors: some of a tiny DeepSeek-V4 are in f32, whatever its config says."""
+    return {name: tensor.to(state[name].dtype) for name, tensor in expected.items()}
+
+
 def quantised(family: str) -> tuple[Case, State]:
     """A checkpoint as released."""
     case = FAMILIES[family]
@@ -116,12 +120,9 @@ def test_an_fp8_checkpoint_is_decoded_the_same(family: str, tmp_path: Path) -> N
         model.config.quantization_config = {"quant_method": "fp8"}
         checkpointer(tmp_path / whose).load_model(model, str(base), is_init_step=True)
         made[whose] = on_cpu(model.state_dict())
-    biases = [name for name in made["ours"] if name.endswith("layers.0.mlp.gate.e_score_correction_bias")]
-    for name in biases if family == "deepseek_v4" else []:  # of a layer that routes by hash: no checkpoint has it
-        assert made["ours"].pop(name).isnan().all()
-        assert made["theirs"].pop(name).isnan().all()
     assert differences(made["ours"], made["theirs"]) == []
-    assert not any(tensor.isnan().any() for tensor in made["ours"].values() if tensor.is_floating_point())
+    expected = load(case.map).adapter(case.config).from_hf(files)
+    assert differences(made["ours"], in_dtypes_of(made["theirs"], expected)) == []
 
 
 def test_a_missing_expert_ends_the_load(tmp_path: Path) -> None:
@@ -177,6 +178,11 @@ def exported(case: Case, whose: str, folder: Path, options: dict[str, bool]) -> 
     return written(folder), *map(json.loads, texts)
 
 
+def modules(tensors: State) -> set[str]:
+    """What the tensors of an adapter adapt."""
+    return {name.removeprefix("base_model.model.").split(".lora_")[0] for name in tensors}
+
+
 ALIKE = ["qwen3_moe", "deepseek_v3", "glm4_moe", "nemotron_v3", "minimax_m2"]
 
 
@@ -191,9 +197,7 @@ def test_an_adapter_is_exported_the_same(family: str, options: dict[str, bool], 
     if family == "minimax_m2" and "v4_compatible" in options:
         # Automodel calls them as no released MiniMax does: `mlp.experts.0.gate_proj` for `block_sparse_moe...w1` (B14).
         assert not any("block_sparse_moe" in name for name in expected)
-        assert set(config["target_modules"]) == {name.split(".lora_")[0].split("model.", 2)[2] for name in ()} | {
-            name.removeprefix("base_model.model.").split(".lora_")[0] for name in found
-        }
+        assert set(config["target_modules"]) == modules(found)
         return
     assert config == their_config
     assert differences(found, expected) == []
@@ -206,13 +210,12 @@ def test_deviation_the_config_of_an_adapter_names_what_its_tensors_name(family: 
     found, config, _ = exported(case, "ours", tmp_path / "ours", {})
     expected, their_config, _ = exported(case, "theirs", tmp_path / "theirs", {})
     assert differences(found, expected) == []
-    named = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in found}
-    assert set(config["target_modules"]) == named
-    assert set(their_config["target_modules"]) != named
+    assert set(config["target_modules"]) == modules(found)
+    assert set(their_config["target_modules"]) != modules(found)
 
 
 def test_deviation_an_adapter_of_ups_alone_is_trained_on(tmp_path: Path) -> None:
-    """As PEFT may have written it; Automodel loads nothing of it (B7). Saved again, it has a gate, as its config says."""
+    """Automodel loads nothing of such an adapter (B7). Saved again, it has a gate, as its config says."""
     case = FAMILIES["deepseek_v3"]
     apart, _, _ = exported(case, "ours", tmp_path / "whole", {})
     (tmp_path / "ups").mkdir()
@@ -235,15 +238,9 @@ def test_deviation_an_adapter_of_ups_alone_is_trained_on(tmp_path: Path) -> None
     assert not lora(theirs)[name].any()
 
 
-# --- on several ranks --------------------------------------------------------------------------------------------------
+# --- on several ranks ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_in_a_job(world: int, tmp_path: Path) -> None:
     run_job("tests.helpers.automodel_job", check, world, tmp_path)
-
-
-def test_the_checks_of_a_job_have_no_checkpoint_of_nans() -> None:
-    """What the checks compare is compared byte for byte, and FSDP is free to make another NaN of one."""
-    for case in (FAMILIES["qwen3_moe"], replace(FAMILIES["deepseek_v3"])):
-        assert not any(tensor.isnan().any() for tensor in contiguous(finite(case)).values())
