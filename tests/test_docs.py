@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from mapdsl.language.syntax import parse
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.M | re.S)
+DEFINITION = re.compile(r"^def (test_\w+)", re.M)
 
 
 def blocks(language: str) -> list[tuple[str, str, str]]:
@@ -59,3 +61,24 @@ def test_commands_shown_give_the_output_shown(place: str, info: str, text: str, 
         output = (run.stdout + run.stderr).rstrip("\n")
         pattern = ".*".join(map(re.escape, expected.rstrip("\n").split("...")))
         assert re.fullmatch(pattern, output, re.S), f"{place}: {command}\n{output}"
+
+
+@pytest.mark.parametrize(("place", "file", "text"), blocks("python"), ids=lambda value: str(value)[:40])
+def test_python_shown_is_python_and_the_file_that_is_named(place: str, file: str, text: str) -> None:
+    """A block that names a file has its text; such a file is run by a command on the page, or by a test."""
+    ast.parse(text)
+    assert not file or text == (ROOT / file).read_text(encoding="utf-8"), place
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_are_named_are_there(page: Path) -> None:
+    """A name that ends in `...` is the beginning of one."""
+    named = re.findall(r"`(test_\w+(?:\.\.\.|\*?\.py)?)`", page.read_text(encoding="utf-8"))
+    files = {file.name for file in (ROOT / "tests").rglob("test_*.py")}
+    known = {name for file in (ROOT / "tests").rglob("test_*.py") for name in DEFINITION.findall(file.read_text())}
+    missing = [
+        name
+        for name in named
+        if name not in known | files and not any(one.startswith(name.rstrip(".")) for one in known if "..." in name)
+    ]
+    assert missing == []

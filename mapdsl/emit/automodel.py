@@ -40,14 +40,17 @@ def automodel_source(checked: Checked, command: str = "mapdsl compile") -> str:
 
 
 def expert_patterns(checked: Checked) -> list[str]:
-    """The right side's names, as code of the runtime's patterns, of tensors that begin with an index of the map."""
+    """The right side's names, as code of the runtime's patterns, of grouped experts.
+
+    Those begin with an index of the map, and lie in a module that Automodel calls `experts`.
+    """
     resolved = checked.map
     found: dict[str, None] = {}
     for rule, layout in zip(resolved.rules, checked.layouts, strict=True):
         for tensor, shape in zip(rule.right, layout.shapes[1], strict=True):
             first = shape.dimensions[0] if shape is not None and shape.dimensions else None
             if isinstance(first, tree.Axis) and first.name in resolved.indices:
-                found |= dict.fromkeys(_patterns(tensor))
+                found |= dict.fromkeys(name for name in _patterns(tensor) if ".experts." in name)
     return sorted(found)
 
 

@@ -26,6 +26,7 @@ ADAPTER_NAMES = frozenset(
         "left_names",
         "list_shares",
         "listed_left",
+        "listed_right",
         "look",
         "merge",
         "mesh_rank",

@@ -179,8 +179,9 @@ class AutomodelAdapter:
         Tensors are held as the model holds them, where `to_hf` has seen it for this load. Else grouped experts are cut
         over the dimensions `ep` and `ep_shard` of the device mesh, as DTensors cut, and others are as they are given.
         What was read through views into the model is left out, and listed by `view_loaded_native_keys`, which begins
-        anew unless `reset_view_loaded_keys` is false. With `partial` groups that are absent whole are left out.
-        Raises MissingTensorsError, a RuntimeError, for tensors that this process needs and that are not there.
+        anew unless `reset_view_loaded_keys` is false. With `partial` groups that are absent whole are left out, such as
+        those of another namespace, which has a call of its own. Raises MissingTensorsError, a RuntimeError, for tensors
+        that this process needs and that are not there.
         """
         del options
         if reset_view_loaded_keys:
@@ -205,7 +206,8 @@ class AutomodelAdapter:
                 layout=lambda target, layouts: self._layout(target, layouts, load, device_mesh),
             )
         nothing = load.empty() - made.expected
-        self._check_experts(load, made.expected | nothing, plain)
+        if plain and not partial:
+            self._check_experts(load, made.expected | nothing)
         out, filled = made.run(lambda name: load.is_filled(name, plain))
         filled |= nothing
         # A tied head that the model's state is without is not missed in what it is to take.
@@ -260,12 +262,9 @@ class AutomodelAdapter:
         is_renamed = len(more) == 1 and len(links) == 1 and links[0].is_rename and first.shape == target.shape
         return first if is_renamed else Layout(target.shape)
 
-    def _check_experts(self, load: Load, made: set[str], state: Mapping[str, Tensor]) -> None:
+    def _check_experts(self, load: Load, made: set[str]) -> None:
         """Refuse a load that asked for experts of a layer and got none of them."""
-        asked = {name for name in load.layouts if self._is_expert(name)}
-        if not state or not asked & made:  # of another namespace, which has a call of its own
-            return
-        missing = sorted(asked - made)
+        missing = sorted(name for name in load.layouts if self._is_expert(name) and name not in made)
         if missing:
             raise MissingTensorsError("R605", f"no expert is there of {some_of(missing)}")
 

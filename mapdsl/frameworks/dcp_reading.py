@@ -49,9 +49,9 @@ class MapStorageReader(StorageReader):
     `config.json`; `params` are params of the map by name. Tensors that are stored in a format are decoded; whatever the
     dtype, values are cast to that of the model's tensor. `threads` tensors are read at a time.
 
-    A state dict may ask for any part of the model. Raises, wrapped by torch in a CheckpointException: MapError where
-    the checkpoint cannot be read, ConversionError where it does not fit the map, MissingTensorsError where what a rank
-    needs is not there.
+    A state dict may ask for any part of the model. Raises MapError where the checkpoint cannot be opened, and
+    ConversionError where its headers do not fit the map; while it is read, wrapped by torch in a CheckpointException:
+    MapError where a file fails, MissingTensorsError where what a rank needs is not there.
     """
 
     def __init__(
@@ -70,10 +70,13 @@ class MapStorageReader(StorageReader):
         self.reset(path)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """A read begins, of another folder if one is given."""
-        if checkpoint_id is not None:
-            self.path = Path(checkpoint_id)
-        self._reading: _Reading | None = None
+        """A read begins, of another checkpoint if one is given: its headers are read at once."""
+        if checkpoint_id is None:
+            return
+        self.path = Path(checkpoint_id)
+        checkpoint = open_checkpoint(self.path)
+        config = checkpoint.config if self.config is None else self.config
+        self._reading = _Reading(checkpoint, self.map.adapter(config, **self.params))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -83,7 +86,7 @@ class MapStorageReader(StorageReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The names, shapes and dtypes of the right side."""
         del args, kwargs
-        reading = self._opened()
+        reading = self._reading
         found = {target.name: _outline(target, reading.dtype(target)) for target in reading.targets.values()}
         places = {
             MetadataIndex(name, torch.Size([0] * len(target.shape))): name for name, target in reading.targets.items()
@@ -103,7 +106,7 @@ class MapStorageReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read, decode and place what the plan asks for."""
-        reading = self._opened()
+        reading = self._reading
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
                 raise bad_file(self.path, f"`{item.storage_index.fqn}` is no tensor: nothing else is stored")
@@ -120,13 +123,6 @@ class MapStorageReader(StorageReader):
         future: Future[None] = Future()
         future.set_result(None)
         return future
-
-    def _opened(self) -> _Reading:
-        if self._reading is None:
-            checkpoint = open_checkpoint(self.path)
-            config = checkpoint.config if self.config is None else self.config
-            self._reading = _Reading(checkpoint, self.map.adapter(config, **self.params))
-        return self._reading
 
 
 class _Reading:

@@ -19,6 +19,9 @@ from mapdsl.runtime.codecs.values import Cast
 from mapdsl.runtime.complement import Alternatives, Raw
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.links import Link
+from mapdsl.runtime.name_list import Listed
+from mapdsl.runtime.shares import axes_in
+from mapdsl.runtime.sizes import counted, shape_of
 from mapdsl.runtime.tracing import Target, Trace, trace
 
 OUTER_PREFIX = "base_model.model."
@@ -43,11 +46,11 @@ class Naming:
 
     @cached_property
     def _trace(self) -> Trace:
-        """The conversion of a whole state of the model; sizes that the config does not tell are 1."""
-        blank = {
-            name: torch.empty([size if size is not None else 1 for size in shape or ()], device="meta")
-            for name, (shape, _) in self.adapter.right_keys().items()
-        }
+        """The conversion of a whole state of the model; axes that the config does not tell the size of have one."""
+        listed = self.adapter.listed_right()
+        shapes = {of.name: _shape(of) for of in listed}
+        shapes |= {of.name: shapes[of.twin] for of in listed if of.shape is None and of.twin in shapes}
+        blank = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         return trace(self.adapter, self.adapter.RIGHT, blank, partial=True, quantization=False)
 
     @cached_property
@@ -142,6 +145,14 @@ class Naming:
                 word = words[first] if is_half else words[-1]
                 found[stem, str(link.source_at[0]), word] = target.name.removesuffix(".weight")
         return found
+
+
+def _shape(of: Listed) -> tuple[int, ...]:
+    """A shape of a tensor that its pattern fits: where an axis has no known size it has one position."""
+    if not isinstance(of.shape, str):
+        return of.shape or ()
+    sizes = {**dict.fromkeys(axes_in(of.shape), 1), **counted(of.sizes)}
+    return tuple(size or 0 for size in shape_of(of.shape, sizes))
 
 
 def _split(

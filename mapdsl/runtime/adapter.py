@@ -222,6 +222,10 @@ class Adapter:
         """The tensors of a whole stored state, with the formats that each may be in."""
         return self._listed(self._to_right).names
 
+    def listed_right(self) -> list[Listed]:
+        """The same of the right side."""
+        return self._listed(self._to_left).names
+
 
 def _keys(names: NameList, chooser: Put) -> Keys:
     keys: Keys = {}
