@@ -44,7 +44,7 @@ class BoxReader:
         dtype, shape = torch_dtype(stored.dtype), torch_shape(stored.dtype, stored.shape)
         sizes = [end - begin for begin, end in box]
         out = torch.empty(sizes, dtype=dtype)
-        flat = out.view(torch.uint8).view(-1) if out.numel() else out
+        flat = out.view(-1).view(torch.uint8)
         place = 0
         for begin, count, step, length in _runs(shape, box, dtype.itemsize):
             data = self._ranges.read(stored, begin, (count - 1) * step + length)

@@ -17,10 +17,11 @@ _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def buffer(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as writable bytes; the tensor must outlive it."""
+    """The memory of a contiguous CPU tensor as writable bytes, which keep the tensor."""
     if not tensor.nbytes:
         return memoryview(b"")
     array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    array.owner = tensor  # type: ignore[attr-defined]  # else nothing holds one that was made for this call
     return memoryview(array).cast("B")
 
 

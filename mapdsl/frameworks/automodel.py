@@ -158,10 +158,8 @@ class AutomodelAdapter:
 
     def _write(self, state: dict[str, Tensor], *, quantization: bool) -> dict[str, Tensor]:
         """The stored tensors of a state that this process has all of."""
-        try:
+        with _telling_what_is_missing():
             return self.adapter.write(state, quantization=quantization, dtype=self.dtype, partial=True)
-        except ConversionError as problem:
-            raise _as_missing(problem) from None
 
     # --- into the model ---
 
@@ -193,7 +191,7 @@ class AutomodelAdapter:
         is_part = partial or bool(load.layouts) or bool(prefix) or bool(low_rank)
         hint = self._paramwrapper_layout_hint
         out: dict[str, Any]
-        with self._given(**({} if hint is None else {"lora_layout": hint})):
+        with self._given(**({} if hint is None else {"lora_layout": hint})), _telling_what_is_missing():
             if device_mesh is None and not load.layouts and not any(map(is_dtensor, plain.values())):
                 out = self._read(plain, partial=is_part)
                 out |= {self._naming.right(name): tensor for name, tensor in low_rank.items()}
@@ -370,11 +368,15 @@ def _is_tensor(name: str, value: Any) -> bool:
     return isinstance(value, Tensor) and not name.endswith(_EXTRA_STATE)
 
 
-def _as_missing(problem: ConversionError) -> ConversionError:
-    """The error, as a RuntimeError where it tells of what is missing."""
-    if problem.code != "R605":
-        return problem
-    return MissingTensorsError(problem.code, problem.message, problem.rule)
+@contextmanager
+def _telling_what_is_missing() -> Iterator[None]:
+    """What tells of missing tensors is a RuntimeError, too."""
+    try:
+        yield
+    except ConversionError as problem:
+        if problem.code != "R605" or isinstance(problem, MissingTensorsError):
+            raise
+        raise MissingTensorsError(problem.code, problem.message, problem.rule) from None
 
 
 def _refuse_lacking(lacking: Iterable[str]) -> None:

@@ -64,7 +64,9 @@ class Naming:
         found = {}
         for target in self._trace.targets.values():
             links = list(target.links())
-            if len(links) == 1 and links[0].is_rename:
+            # The first part of a joined tensor begins where that does, but is not all of it.
+            is_whole = len(links) == 1 and self._trace.sources[links[0].source].shape == target.shape
+            if is_whole and links[0].is_rename:
                 found[links[0].source] = target.name
         return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,10 +23,12 @@ from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.strided import contiguous_copy
 from mapdsl.runtime.codecs.values import Cast
 from mapdsl.runtime.complement import Raw
-from mapdsl.runtime.dtensors import strides_like
-from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.dtensors import mesh_names, strides_like
 from mapdsl.runtime.links import Box, Link
 from mapdsl.runtime.tracing import Target, trace
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Export:
@@ -52,6 +55,7 @@ class Export:
         self.trace = trace(adapter, adapter.RIGHT, state, partial=True, quantization=quantization)
         self.layouts = {name: Layout.of(name, state[name]) for name, one in self.trace.sources.items() if one.is_there}
         self._images: dict[int, Images] = {}
+        self._submeshes: dict[tuple[int, tuple[int, ...]], DeviceMesh] = {}
         self._gathered: dict[tuple[str, frozenset[int]], Tensor] = {}
         if load is not None:
             load.layouts |= self.layouts
@@ -80,6 +84,15 @@ class Export:
         if not image.is_here:
             return {}
         return _Making(self, target, links, image).run()
+
+    def submesh(self, mesh: DeviceMesh, dims: tuple[int, ...]) -> DeviceMesh:
+        """A device mesh with some of its dimensions; torch is asked for each once. N113 where they have no names."""
+        if len(dims) == mesh.ndim:
+            return mesh
+        if (id(mesh), dims) not in self._submeshes:
+            names = mesh_names(mesh)
+            self._submeshes[id(mesh), dims] = mesh[tuple(names[dim] for dim in dims)]
+        return self._submeshes[id(mesh), dims]
 
     def source(self, name: str, gathered: frozenset[int]) -> tuple[Tensor, Layout]:
         """What this process has of a tensor of the model, whole along some dimensions of its mesh, and its layout."""
@@ -113,21 +126,15 @@ class _Making:
     def __init__(self, export: Export, target: Target, links: Sequence[Link], image: Image) -> None:
         self.export, self.target, self.links = export, target, links
         self.load = export.load
+        self.image = image
+        self.layout = Layout(target.shape)
         mesh = export.layouts[links[0].source].mesh
         sizes = () if mesh is None else tuple(mesh.shape)
-        # Along the others all ranks have the same, or there is but one.
-        self.kept = [n for n, size in enumerate(sizes) if size > 1 and n not in image.apart]
-        self.image = image
-        ways = tuple(image.ways[n] for n in self.kept) if image.ways else (None,) * len(self.kept)
-        self.layout = Layout(target.shape)
-        if mesh is not None and self.kept:
-            names = mesh.mesh_dim_names
-            part = mesh
-            if len(self.kept) < len(sizes):
-                if names is None:
-                    raise ConversionError("N113", f"the dimensions of the device mesh {mesh} have no names")
-                part = mesh[tuple(names[n] for n in self.kept)]
-            self.layout = Layout(target.shape, part, ways)
+        # Along the others there are other tensors, or there is but one rank.
+        kept = tuple(dim for dim, size in enumerate(sizes) if size > 1 and dim not in image.apart)
+        if mesh is not None and kept:
+            ways = tuple(image.ways[dim] for dim in kept) if image.ways else (None,) * len(kept)
+            self.layout = Layout(target.shape, export.submesh(mesh, kept), ways)
 
     def run(self) -> dict[str, Tensor]:
         stored = self.target.stored
@@ -135,8 +142,8 @@ class _Making:
             return {self.target.name: self._plain()}
         dtype = self._dtype()
         if self.load is not None or self._is_meta():
-            whole = self._gather_for(stored)
-            return placeholders(self.target, stored, whole, dtype, self._device(), self.export.dtypes)
+            held = payload_layout(self.target.name, stored.storage, self.layout)
+            return placeholders(self.target, stored, held, dtype, self._device(), self.export.dtypes)
         return encoded(self.target, self._whole())
 
     def _is_as_held(self, codec: Codec) -> bool:
@@ -145,26 +152,17 @@ class _Making:
             self.export.state[link.source].dtype is codec.dtype for link in self.links
         )
 
-    def _gather_for(self, codec: Codec) -> Layout:
-        """The layout of a payload that is to be overwritten, whole along what it cannot be cut by."""
-        return payload_layout(self.target.name, codec.storage, self.layout)
-
     def _plain(self) -> Tensor:
         """The tensor as it is: itself, a view of the model's memory, or made of it."""
         (link, *others) = self.links
         tensor = self.export.state[link.source]
         if not others and link.is_rename and tuple(tensor.shape) == self.target.shape:
-            self._give_out(local_of(tensor), in_place=False)
             return tensor
         local = None if others or self.image.gathered else self._view(link)
         if local is not None and self.load is not None and not local.is_meta:
             self._give_out(local, in_place=self.export.in_place(link.source))
         elif local is not None:
-            local = (
-                torch.empty_like(local, memory_format=torch.contiguous_format)
-                if local.is_meta
-                else contiguous_copy(local)
-            )
+            local = contiguous_copy(local)
         else:
             local = self._filled(self.layout)
         return self._joined(local, self.layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,11 @@ class Member(NamedTuple):
     sizes: Mapping[str, int]
     into: Alternatives
     moved: Codec | None = None
+
+
+def has_no_elements(shapes: Iterable[tuple[int, ...]], sizes: Mapping[str, int]) -> bool:
+    """Whether a group of tensors of some shapes, and of axes of some sizes, has no elements: it may be absent."""
+    return any(0 in shape for shape in shapes) or min(sizes.values(), default=1) <= 0
 
 
 class GroupAtHand(StoredForms):
@@ -102,8 +107,7 @@ class GroupAtHand(StoredForms):
             self._move_undecoded(into)
             return bool(members)
         shapes = [shape for _, shape, _ in operands if isinstance(shape, tuple)]
-        is_empty = any(0 in shape for shape in shapes) or min(known.values(), default=1) <= 0
-        if len(missing) < len(members) or not (optional or self.partial or is_empty):
+        if len(missing) < len(members) or not (optional or self.partial or has_no_elements(shapes, known)):
             self._refuse_incomplete(missing, len(members))
         self._count_absent()
         return False

@@ -118,10 +118,6 @@ class Link(NamedTuple):
                 found[dim] = [(first + shift, stop + shift) for shift in shifts for first, stop in found[dim]]
         return tuple(merged(sorted(runs)) for runs in found)
 
-    def fills(self, side: Side, ranges: Ranges) -> bool:
-        """Whether the positions of some ranges are all of their box of the tensor of a side, each once."""
-        return elements(self.box(side, ranges)) == math.prod(end - begin for begin, end in ranges)
-
 
 def elements(box: Box) -> int:
     """How many elements a box has."""

@@ -10,8 +10,10 @@ from torch import Tensor
 from mapdsl.runtime.adapter import Adapter, naming_the_rule, refuse
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.complement import Alternatives
+from mapdsl.runtime.fitting import Pattern
+from mapdsl.runtime.group import has_no_elements
 from mapdsl.runtime.put import Put
-from mapdsl.runtime.sizes import Size
+from mapdsl.runtime.sizes import Size, counted
 from mapdsl.runtime.stored_forms import AS_IS, NOT_AT_ALL
 from mapdsl.runtime.take import Operand
 from mapdsl.runtime.traced import Blank
@@ -30,8 +32,8 @@ def left_names_of(adapter: Adapter, state: Mapping[str, Tensor], *, quantization
     put = _Names(quantization=quantization, entries=adapter.complement.entries, source=take)
     with naming_the_rule():
         adapter._to_left(take, put)
-    take.finish()
     take.refuse_lacking()
+    take.finish()
     return put.names
 
 
@@ -69,25 +71,51 @@ class _Naming(TracingTake):
 class _Looking(TracingTake):
     """Hands out nothing: looks whether groups are there."""
 
-    def __call__(self, name: str, stored: Alternatives = AS_IS, **options: Any) -> Tensor | None:
+    def __call__(
+        self,
+        name: str,
+        stored: Alternatives = AS_IS,
+        *,
+        shape: Pattern | None = None,
+        optional: bool = False,
+        into: Alternatives = NOT_AT_ALL,
+        **sizes: Size,
+    ) -> Tensor | None:
         """Look for one tensor."""
+        del into
         if not (stored is AS_IS and name in self):
-            self.group((name, "", stored), **options)
+            self._look([([name], shape, stored)], optional, sizes)
         return None
 
     def group(self, *operands: Operand, optional: bool = False, into: Alternatives = NOT_AT_ALL, **sizes: Size) -> bool:
         """Look for the tensors of a group."""
-        del into, sizes
-        names = [name for names, *_ in operands for name in ([names] if isinstance(names, str) else names)]
-        stored = {
-            name: rest[0] if rest else AS_IS
-            for names_of_one, _, *rest in operands
-            for name in ([names_of_one] if isinstance(names_of_one, str) else names_of_one)
-        }
-        absent = [name for name in names if name not in self and not self._elsewhere(name, stored[name])]
-        if absent and not ((optional or self.partial) and len(absent) == len(names)):
-            self.found.lacking |= dict.fromkeys(absent)
+        del into
+        whole: list[tuple[list[str], Pattern | None, Alternatives]] = []
+        for names, shape, *rest in operands:
+            listed = [names] if isinstance(names, str) else list(names)
+            whole.append((listed, shape, rest[0] if rest else AS_IS))
+        self._look(whole, optional, sizes)
         return False
+
+    def _look(
+        self,
+        operands: list[tuple[list[str], Pattern | None, Alternatives]],
+        optional: bool,
+        sizes: Mapping[str, Size],
+    ) -> None:
+        """Note what is missed of a group."""
+        absent = [
+            name
+            for names, _, stored in operands
+            for name in names
+            if name not in self and not self._elsewhere(name, stored)
+        ]
+        if not absent:
+            return
+        shapes = [shape for _, shape, _ in operands if isinstance(shape, tuple)]
+        may_be_absent = optional or self.partial or has_no_elements(shapes, counted(sizes))
+        if len(absent) < sum(len(names) for names, _, _ in operands) or not may_be_absent:
+            self.found.lacking |= dict.fromkeys(absent)
 
 
 class _Names(Put):
@@ -104,7 +132,12 @@ class _Names(Put):
         codec = self.alternative(name, stored)
         self.names += codec.names(name) if isinstance(codec, Codec) else [name]
 
-    part = carried = __call__  # type: ignore[assignment]
+    part = __call__  # type: ignore[assignment]
+
+    def carried(self, name: str, tensor: Tensor | None, stored: Alternatives = AS_IS, *, but: Any = ()) -> None:
+        """Note the names of a tensor that a wildcard carries."""
+        del but
+        self(name, tensor, stored)
 
     def own(self, *names: str, but: Any = ()) -> None:
         """Nothing is carried."""

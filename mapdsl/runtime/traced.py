@@ -113,8 +113,10 @@ class Traced:
         """As of tensors."""
         at, dims = self.region
         inner = math.prod(factor.size for factor in dims[dim][1:])
+        if not length:
+            return Traced(self.whole, Region(at, _with(dims, dim, (Factor(0, 0, 1),))))
         if not dims[dim]:  # of size one
-            return self if length else Traced(self.whole, Region(at, _with(dims, dim, (Factor(0, 0, 1),))))
+            return self
         if start % inner or length % inner:
             raise ValueError(f"positions {start} to {start + length} of a dimension are not a view of one tensor")
         first = dims[dim][0]
@@ -168,7 +170,7 @@ class Traced:
 
 def _moved(at: Shape, factor: Factor, count: int) -> Shape:
     """Where a part begins after so many positions of a factor."""
-    if not count:
+    if not count or factor.dim < 0:  # copies are all at one place
         return at
     return (*at[: factor.dim], at[factor.dim] + count * factor.step, *at[factor.dim + 1 :])
 
@@ -224,6 +226,7 @@ class Blank:
         self.shape = shape  # of the whole tensor, whatever part of it this would be
 
     is_meta = True
+    is_blank = True
     dtype = None
 
     def _itself(self, *_: object, **__: object) -> Blank:

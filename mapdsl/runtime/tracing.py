@@ -154,11 +154,21 @@ def trace(
     adapter.set_params(adapter.config)
     found = Trace(spelled=complement.spelled if is_left else {})
     entries = complement.entries if is_left else complement.right
-    take = TracingTake(found, state, dtype=dtype, partial=partial, entries=entries, spelled=found.spelled)
+    # What has a format on the right alone goes back in the dtype that it had on the left.
+    was = None if is_left else complement.decoded
+    take = TracingTake(found, state, dtype=dtype, partial=partial, entries=entries, spelled=found.spelled, decoded=was)
     other = complement.right if is_left else complement.entries
     named = adapter.right_names if is_left else adapter.left_names
     put = TracingPut(
-        found, refuse, refuse, dtype=dtype, quantization=quantization, entries=other, named=named, source=take
+        found,
+        refuse,
+        refuse,
+        dtype=dtype,
+        quantization=quantization,
+        entries=other,
+        decoded=complement.decoded if is_left else None,
+        named=named,
+        source=take,
     )
     with naming_the_rule():
         if is_left:
@@ -205,7 +215,8 @@ class TracingTake(Take):
                 message = f"{name}: expected {list(shape)}, found {list(tensor.shape)}"
                 raise ConversionError("R606", message)
             self._last = None
-            return self._note(Source(name, shape, RAW, tensor.dtype, (name,), Whole(name, shape)))
+            spelled = (self._spelled.get(name, name),)
+            return self._note(Source(name, shape, RAW, tensor.dtype, spelled, Whole(name, shape)))
         return super().__call__(name, stored, shape=shape, optional=optional, into=into, **sizes)
 
     def _gather(
@@ -337,13 +348,20 @@ class TracingPut(Put):
             return
         codec = self.alternative(name, stored)
         if isinstance(tensor, Traced):
-            self._note(Target(name, tensor.shape, codec, tensor))
+            target = Target(name, tensor.shape, codec, tensor)
+            if isinstance(codec, Codec) and (dtype := self.found.dtype(target)) is not None:
+                self.decoded[name] = dtype
+            self._note(target)
         else:
             self._note(Target(name, tuple(tensor.shape), codec, value=tensor))
 
     def part(self, name: str, view: Tensor, stored: Alternatives = AS_IS) -> None:
         """Note a piece of a larger tensor."""
         self(name, view, stored)
+
+    def made(self, name: str, tensor: Tensor, stored: Alternatives = AS_IS) -> None:
+        """Note a tensor that the map computes, with its values."""
+        self._note(Target(name, tuple(tensor.shape), self.alternative(name, self._unread(name, stored)), value=tensor))
 
     def full(self, name: str, shape: tuple[int, ...], value: float, stored: Alternatives = AS_IS) -> None:
         """Note a constant."""
