@@ -28,13 +28,14 @@ from mapdsl.checkpoint.files import bad_file
 from mapdsl.checkpoint.layout import MAX_SHARD_BYTES, Entry, FileLayout, places_in, plan_layout
 from mapdsl.checkpoint.writer import CheckpointWriter
 from mapdsl.frameworks.layouts import Block
-from mapdsl.frameworks.live import MissingTensorsError, stated
+from mapdsl.frameworks.live import MissingTensorsError, check_piece, stated
 from mapdsl.frameworks.moves import piece
 from mapdsl.frameworks.stored import encoded
 from mapdsl.map import Map, load
 from mapdsl.runtime.adapter import Adapter
 from mapdsl.runtime.complement import Raw
 from mapdsl.runtime.errors import some_of
+from mapdsl.runtime.fitting import same_bytes
 from mapdsl.runtime.links import Box, Link, Ranges, boxes_of
 from mapdsl.runtime.part_shares import held_parts
 from mapdsl.runtime.shares import Held
@@ -42,6 +43,9 @@ from mapdsl.runtime.tracing import Target, Trace, trace
 
 Outline = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shapes and dtypes of the model's tensors."""
+
+Pieces = dict[tuple[str, Box], Tensor]
+"""What a rank saves: tensors by name and by the box of the whole one that they are."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +134,16 @@ class MapStorageWriter(StorageWriter):
         orders: Orders = plan.storage_data
         saving = _Saving(self.adapter, orders.outline, quantization=self.quantization)
 
-        def write(item: WriteItem) -> WriteResult:
+        pieces: Pieces = {}
+        for item in plan.items:
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, Tensor)
-            size = saving.write(files, item.index.fqn, _box(item), tensor.detach())
+            pieces[item.index.fqn, _box(item)] = tensor.detach()
+        saving.check(pieces)
+
+        def write(item: WriteItem) -> WriteResult:
+            name, box = item.index.fqn, _box(item)
+            size = saving.write(files, name, box, pieces[name, box])
             return WriteResult(index=item.index, size_in_bytes=size, storage_data=None)
 
         with BoxWriter(orders.folder, places_in(orders.layout)) as files, ThreadPoolExecutor(self.threads) as pool:
@@ -200,6 +210,18 @@ class _Saving:
         if target.traced is None:
             return stated(target, self.adapter.complement.entries, torch.device("meta")).dtype
         return self.trace.dtype(target) or torch.bfloat16
+
+    def check(self, pieces: Pieces) -> None:
+        """Hold what is not stored against what the map states of it; R601 names what differs.
+
+        A tie is looked at where a rank has the same box of both.
+        """
+        for (name, box), tensor in pieces.items():
+            if name in self.trace.sources:
+                check_piece(self.trace, self.trace.sources[name], tensor, [Block(box, (0,) * len(box))])
+            twin = pieces.get((self.trace.ties.get(name, ""), box))
+            if twin is not None and twin.dtype == tensor.dtype and not tensor.is_meta:
+                same_bytes(name, tensor, twin, self.trace.ties[name])
 
     def write(self, files: BoxWriter, name: str, box: Box, tensor: Tensor) -> int:
         """Write what a box of a tensor of the model makes; how many bytes that are."""

@@ -6,19 +6,19 @@ What converts is the compiled adapter, traced: links say which elements of which
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mapdsl.frameworks.layouts import Layout, local_of
+from mapdsl.frameworks.layouts import Block, Layout, local_of
 from mapdsl.frameworks.moves import seen
 from mapdsl.runtime.complement import Raw
 from mapdsl.runtime.dtensors import as_bytes, is_dtensor
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.fitting import only_zeros, same_bytes
-from mapdsl.runtime.links import Link, Region, joined_axes, whole_region
+from mapdsl.runtime.links import Link, joined_axes, whole_region
 from mapdsl.runtime.tracing import Source, Target, Trace
 
 State = Mapping[str, Tensor]
@@ -88,40 +88,41 @@ def check_stated(found: Trace, state: State) -> None:
 
     A tie is looked at where both tensors are held alike: their shards are equal, then.
     """
-    for name, value in found.values.items():
-        if isinstance(found.sources[name].stored, Raw) and not local_of(state[name]).is_meta:
-            _check_value(name, state[name], value)
+    for source in found.sources.values():
+        if source.is_there and (source.name in found.values or source.whole.zeros):
+            tensor = state[source.parts[0]]
+            check_piece(found, source, local_of(tensor), Layout.of(source.name, tensor).blocks())
     for name, other in found.ties.items():
         if other in state and Layout.of(name, state[name]) == Layout.of(other, state[other]):
             one, twin = local_of(state[name]), local_of(state[other])
             if not one.is_meta and one.dtype == twin.dtype and one.data_ptr() != twin.data_ptr():
                 same_bytes(name, one, twin, other)
-    for source in found.sources.values():
-        for region in source.whole.zeros:
-            _check_zeros(source, region, state)
 
 
-def _check_value(name: str, tensor: Tensor, value: float | Tensor) -> None:
-    local, what = local_of(tensor), "the value that the map states"
+def check_piece(found: Trace, source: Source, local: Tensor, blocks: Sequence[Block]) -> None:
+    """Hold blocks of a tensor, as `local` has them, against the values that the map states; R601 where they differ."""
+    if local.is_meta or not isinstance(source.stored, Raw):
+        return  # what is decoded is not at hand
+    if source.name in found.values:
+        _check_value(source.name, local, blocks, found.values[source.name])
+    for region in source.whole.zeros:
+        everything = whole_region(region.shape)
+        link = Link(source.name, region.at, source.name, everything.at, joined_axes(region, everything))
+        for block in blocks:
+            for ranges in link.within("source", block.box):
+                only_zeros(seen(local, block, link, "source", ranges), source.name)
+
+
+def _check_value(name: str, local: Tensor, blocks: Sequence[Block], value: float | Tensor) -> None:
+    what = "the value that the map states"
     if not isinstance(value, Tensor):
         same_bytes(name, local, torch.full((), value, dtype=local.dtype, device=local.device).expand(local.shape), what)
         return
     wanted = value.to(local.device, local.dtype)
-    for block in Layout.of(name, tensor).blocks():
+    for block in blocks:
         spans = zip(block.box, block.at, strict=True)
         here = tuple(slice(at, at + end - begin) for (begin, end), at in spans)
         same_bytes(name, local[here], wanted[tuple(slice(*span) for span in block.box)], what)
 
 
-def _check_zeros(source: Source, region: Region, state: State) -> None:
-    """Hold a part that the other side lacks against zeros."""
-    if not (source.is_there and isinstance(source.stored, Raw)):
-        return  # what is decoded is not at hand
-    name, everything = source.parts[0], whole_region(region.shape)
-    link = Link(name, region.at, name, everything.at, joined_axes(region, everything))
-    for block in Layout.of(name, state[name]).blocks():
-        for ranges in link.within("source", block.box):
-            only_zeros(seen(local_of(state[name]), block, link, "source", ranges), source.name)
-
-
-__all__ = ["Load", "MissingTensorsError", "State", "check_stated", "stated", "whole_along"]
+__all__ = ["Load", "MissingTensorsError", "State", "check_piece", "check_stated", "stated", "whole_along"]

@@ -134,11 +134,6 @@ class _Names(Put):
 
     part = __call__  # type: ignore[assignment]
 
-    def carried(self, name: str, tensor: Tensor | None, stored: Alternatives = AS_IS, *, but: Any = ()) -> None:
-        """Note the names of a tensor that a wildcard carries."""
-        del but
-        self(name, tensor, stored)
-
     def own(self, *names: str, but: Any = ()) -> None:
         """Nothing is carried."""
 
