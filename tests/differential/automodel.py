@@ -54,10 +54,11 @@ class Family:
         module = "nemo_automodel.components.models"
         backend = _get(f"{module}.common", "BackendConfig")
         overrides = {"moe_overrides": dict(self.overrides)} if self.overrides else {}
+        # Imported before the device is set: a table that a module makes of itself would stay without data for good.
+        model, config = _get(f"{module}.{self.package}.model", self.model), self.parsed(fields, dtype)
         # The models ask for the current GPU's number to name a device; nothing is put there.
         with torch.device(device), patch("torch.cuda.current_device", return_value=0):
-            model = _get(f"{module}.{self.package}.model", self.model)
-            made: torch.nn.Module = model(self.parsed(fields, dtype), backend=backend(**self.backend), **overrides)
+            made: torch.nn.Module = model(config, backend=backend(**self.backend), **overrides)
         return made
 
 
