@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mapdsl.compiler import ir
 from mapdsl.compiler.check import Checked
-from mapdsl.compiler.names import patterns
 from mapdsl.emit.adapter import adapter_source, class_name, environment
 from mapdsl.emit.expressions import pattern_code
 from mapdsl.emit.layout import Bracketed, lines, listed
+from mapdsl.emit.wild import spelled_out
 from mapdsl.language import tree
 
 _BASE = ("mapdsl.frameworks.automodel", "AutomodelAdapter")
@@ -57,15 +55,9 @@ def expert_patterns(checked: Checked) -> list[str]:
 def _patterns(tensor: ir.Tensor) -> list[str]:
     """The names of a tensor, every number open, one pattern for each spelling of its enumerations."""
     out = []
-    for pattern in patterns(tensor.template):
-        parts = [
-            tree.Text(part.spellings[pattern.choice[part.name]], span=part.span)
-            if isinstance(part, tree.EnumHole)
-            else part
-            for part in tensor.template.parts
-        ]
-        numbers = [part for part in parts if isinstance(part, tree.NumberHole)]
-        out.append(pattern_code(replace(tensor.template, parts=tuple(parts)), {}, {}, numbers))
+    for template in spelled_out(tensor.template):
+        numbers = [part for part in template.parts if isinstance(part, tree.NumberHole)]
+        out.append(pattern_code(template, {}, {}, numbers))
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -80,15 +80,8 @@ class WildHead:
     def wide(self, tensor: ir.Tensor) -> list[Code]:
         """The names of a tensor as the runtime's `Wide`, one for each spelling of its enumerations."""
         out: list[Code] = []
-        for pattern in patterns(tensor.template):
-            parts = [
-                tree.Text(part.spellings[pattern.choice[part.name]], span=part.span)
-                if isinstance(part, tree.EnumHole)
-                else part
-                for part in tensor.template.parts
-            ]
-            template = replace(tensor.template, parts=tuple(parts))
-            holes = [part for part in parts if isinstance(part, tree.NumberHole)]
+        for template in spelled_out(tensor.template):
+            holes = [part for part in template.parts if isinstance(part, tree.NumberHole)]
             code = pattern_code(template, self.emitter.params, self.emitter.spelled, holes)
             out.append(call("Wide", code, *(self._numbers(hole) for hole in holes)))
         return out
@@ -109,6 +102,18 @@ class WildHead:
         used = emitter.ordered([n for n in dict.fromkeys(ir.names_in(value)) if n in emitter.map.indices])
         clauses = " ".join(f"for {local(name)} in {emitter.range(name)}" for name in used)
         return f"{{{python(value, emitter.params)} {clauses}}}"
+
+
+def spelled_out(template: tree.Template) -> Iterator[tree.Template]:
+    """A template for each spelling of its enumerations."""
+    for pattern in patterns(template):
+        parts = [
+            tree.Text(part.spellings[pattern.choice[part.name]], span=part.span)
+            if isinstance(part, tree.EnumHole)
+            else part
+            for part in template.parts
+        ]
+        yield replace(template, parts=tuple(parts))
 
 
 def first_position(template: tree.Template, absorbed: Container[str], firsts: Mapping[str, tree.Expr]) -> tree.Template:

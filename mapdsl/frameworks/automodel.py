@@ -271,12 +271,12 @@ class AutomodelAdapter:
     @property
     def supports_write_through_checkpoint_load(self) -> bool:
         """Whether everything that `to_hf` gives to be loaded is the model's own memory."""
-        return self._grouped_is_model_memory(None) and self._naming.share_of_views == 1
+        return self._grouped_is_model_memory and self._naming.share_of_views == 1
 
     @property
     def supports_low_memory_dcp_load(self) -> bool:
         """Whether what `to_hf` gives to be loaded needs little memory beside the model's: an eighth of it at most."""
-        return self._grouped_is_model_memory(None) and self._naming.share_of_views >= 7 / 8
+        return self._grouped_is_model_memory and self._naming.share_of_views >= 7 / 8
 
     def forced_hf_dtype_mapping(self, hf_state_dict: Mapping[str, Any]) -> dict[str, str]:
         """Stored names whose dtype the map states: that in which `to_hf` gave them, in the spelling of safetensors."""
@@ -333,9 +333,10 @@ class AutomodelAdapter:
 
     def _is_in_place(self, name: str) -> bool:
         """Whether a tensor of the model's state is its own memory, not a copy that the backend makes of it."""
-        return not self._is_expert(name) or self._grouped_is_model_memory(name)
+        return not self._is_expert(name) or self._grouped_is_model_memory
 
-    def _grouped_is_model_memory(self, name: str | None) -> bool:
+    @property
+    def _grouped_is_model_memory(self) -> bool:
         experts, dispatcher = (getattr(self.backend, field, None) for field in ("experts", "dispatcher"))
         return experts != "te" and dispatcher != "mok"
 

@@ -30,12 +30,12 @@ from mapdsl.checkpoint.boxes import BoxReader
 from mapdsl.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mapdsl.checkpoint.files import bad_file
 from mapdsl.checkpoint.tensors import LazyState
-from mapdsl.frameworks.layouts import Block
-from mapdsl.frameworks.live import MissingTensorsError, stated
+from mapdsl.frameworks.layouts import Block, slices
+from mapdsl.frameworks.live import MissingTensorsError, dtype_of, stated
 from mapdsl.frameworks.moves import Window, are_filled, fill
+from mapdsl.frameworks.stored import decoded
 from mapdsl.map import Map, load
 from mapdsl.runtime.adapter import Adapter
-from mapdsl.runtime.codecs.base import Slice
 from mapdsl.runtime.complement import Raw
 from mapdsl.runtime.errors import some_of
 from mapdsl.runtime.links import Box
@@ -138,9 +138,7 @@ class _Reading:
 
     def dtype(self, target: Target) -> torch.dtype:
         """The dtype that a tensor has where nobody asks for another."""
-        if target.traced is None:
-            return stated(target, self.adapter.complement.right, torch.device("meta")).dtype
-        return self.trace.dtype(target) or torch.bfloat16
+        return dtype_of(self.trace, target, self.adapter.complement.right)
 
     def check(self, items: list[ReadItem]) -> None:
         """Refuse to read anything where something that is needed is not there."""
@@ -165,26 +163,21 @@ class _Reading:
         dtype = self.dtype(target)
         if not links:
             whole = stated(target, self.adapter.complement.right, place.device)
-            place.copy_(whole[tuple(slice(begin, end) for begin, end in box)])
+            place.copy_(whole[slices(box)])
             return
         is_direct = place.dtype == dtype and place.device.type == "cpu"
         made = place if is_direct else torch.empty(place.shape, dtype=dtype)
         if not are_filled(links, box):
             made.zero_()
-        fill(made, [Block(box, (0,) * len(box))], links, self._window)
+        fill(made, [Block.alone(box)], links, self._window)
         if not is_direct:
             place.copy_(made)
 
     def _window(self, name: str, box: Box) -> Window:
         source = self.trace.sources[name]
         if isinstance(source.stored, Raw):
-            found = self.boxes.read(source.parts[0], box)
-        else:
-            of = Slice(source.shape, box)
-            called = dict(zip(source.stored.names(name), source.parts, strict=True))
-            parts = {part: self.boxes.read(called[part], own) for part, own in source.stored.cut(name, of).items()}
-            found = source.stored.decode(name, parts, source.dtype or torch.bfloat16, of=of)
-        return found, [Block(box, (0,) * len(box))]
+            return self.boxes.read(source.parts[0], box), [Block.alone(box)]
+        return decoded(source, box, self.boxes.read, torch.bfloat16)
 
 
 def _box(item: ReadItem) -> Box:

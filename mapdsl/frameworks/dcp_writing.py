@@ -28,7 +28,7 @@ from mapdsl.checkpoint.files import bad_file
 from mapdsl.checkpoint.layout import MAX_SHARD_BYTES, Entry, FileLayout, places_in, plan_layout
 from mapdsl.checkpoint.writer import CheckpointWriter
 from mapdsl.frameworks.layouts import Block
-from mapdsl.frameworks.live import MissingTensorsError, check_piece, stated
+from mapdsl.frameworks.live import MissingTensorsError, check_piece, dtype_of, stated
 from mapdsl.frameworks.moves import piece
 from mapdsl.frameworks.stored import encoded
 from mapdsl.map import Map, load
@@ -207,9 +207,7 @@ class _Saving:
         return found
 
     def _dtype(self, target: Target) -> torch.dtype:
-        if target.traced is None:
-            return stated(target, self.adapter.complement.entries, torch.device("meta")).dtype
-        return self.trace.dtype(target) or torch.bfloat16
+        return dtype_of(self.trace, target, self.adapter.complement.entries)
 
     def check(self, pieces: Pieces) -> None:
         """Hold what is not stored against what the map states of it; R601 names what differs.
@@ -218,7 +216,7 @@ class _Saving:
         """
         for (name, box), tensor in pieces.items():
             if name in self.trace.sources:
-                check_piece(self.trace, self.trace.sources[name], tensor, [Block(box, (0,) * len(box))])
+                check_piece(self.trace, self.trace.sources[name], tensor, [Block.alone(box)])
             twin = pieces.get((self.trace.ties.get(name, ""), box))
             if twin is not None and twin.dtype == tensor.dtype and not tensor.is_meta:
                 same_bytes(name, tensor, twin, self.trace.ties[name])
@@ -228,7 +226,7 @@ class _Saving:
         size = 0
         for target, link in self._made_of.get(name, ()):
             for ranges in link.within("source", box):
-                made = piece(tensor, Block(box, (0,) * len(box)), link, ranges)
+                made = piece(tensor, Block.alone(box), link, ranges)
                 for part, own, value in self._stored(target, link, ranges, made):
                     files.write(part, own, value)
                     size += value.nbytes

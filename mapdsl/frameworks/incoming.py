@@ -9,14 +9,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mapdsl.frameworks.layouts import Block, Layout, joined, local_of
+from mapdsl.frameworks.layouts import Block, Layout, joined, local_of, slices
 from mapdsl.frameworks.live import MissingTensorsError, State, check_stated, stated, whole_along
 from mapdsl.frameworks.moves import Window, fill, made_for
+from mapdsl.frameworks.stored import decoded
 from mapdsl.runtime.adapter import Adapter
-from mapdsl.runtime.codecs.base import Slice
 from mapdsl.runtime.codecs.strided import contiguous
 from mapdsl.runtime.complement import Raw
-from mapdsl.runtime.dtensors import strides_like
 from mapdsl.runtime.errors import ConversionError, some_of
 from mapdsl.runtime.links import Box, Link, common, whole_box
 from mapdsl.runtime.tracing import Source, Target, trace
@@ -25,7 +24,7 @@ from mapdsl.runtime.tracing import Source, Target, trace
 class Import:
     """The tensors of the model that a state of stored tensors makes, on this process.
 
-    `layout` says how a tensor of the model is to be held, by name and shape; None as what it comes from is. Raises
+    `layout` says how a tensor of the model is to be held, by what it is and the layouts of what it comes from. Raises
     MissingTensorsError, before anything is made, where tensors that this process needs are not there.
     """
 
@@ -96,7 +95,7 @@ class Import:
                 parts = dict.fromkeys(part for link in links for part in self.trace.sources[link.source].parts)
                 self._wholes = {part: one for part in parts if (one := self._gathered(part)) is not None}
             fill(local, layout.blocks(), links, self._window)
-        return local if layout.mesh is None else joined(local, layout, strides_like(local, torch.Size(layout.shape)))
+        return joined(local, layout)
 
     def _device(self, links: Sequence[Link]) -> torch.device:
         """That of what a tensor comes from; a rank that has no part of it has nothing of that."""
@@ -119,11 +118,8 @@ class Import:
             return tensor
         local = torch.empty(layout.local_shape, dtype=tensor.dtype, device=tensor.device)
         for block in layout.blocks():
-            part, place = tensor, local
-            for dim, ((begin, end), at) in enumerate(zip(block.box, block.at, strict=True)):
-                part, place = part.narrow(dim, begin, end - begin), place.narrow(dim, at, end - begin)
-            place.copy_(part)
-        return joined(local, layout, strides_like(local, torch.Size(layout.shape)))
+            local[block.place(block.box)].copy_(tensor[slices(block.box)])
+        return joined(local, layout)
 
     # --- stored tensors ---
 
@@ -136,7 +132,7 @@ class Import:
     def _at_hand(self, part: str) -> Window:
         whole = self._wholes.get(part)
         if whole is not None:
-            return whole, [Block(whole_box(whole.shape), (0,) * whole.ndim)]
+            return whole, [Block.alone(whole_box(whole.shape))]
         return local_of(self.state[part]), Layout.of(part, self.state[part]).blocks()
 
     def _window(self, name: str, box: Box) -> Window:
@@ -144,19 +140,14 @@ class Import:
         source = self.trace.sources[name]
         if isinstance(source.stored, Raw):
             return self._at_hand(source.parts[0])
-        of = Slice(source.shape, box)
-        called = dict(zip(source.stored.names(name), source.parts, strict=True))
-        parts = {part: self._box(called[part], own) for part, own in source.stored.cut(name, of).items()}
-        return source.stored.decode(name, parts, source.dtype or self.dtype, of=of), [Block(box, (0,) * len(box))]
+        return decoded(source, box, self._box, self.dtype)
 
     def _box(self, part: str, box: Box) -> Tensor:
         """A box of a stored part, contiguous."""
         local, blocks = self._at_hand(part)
         for block in blocks:
             if common(block.box, box) == box:
-                for dim, (begin, end) in enumerate(box):
-                    local = local.narrow(dim, begin - block.box[dim][0] + block.at[dim], end - begin)
-                return contiguous(local)
+                return contiguous(local[block.place(box)])
         raise ConversionError("R605", f"this process has not all of {part} that it needs, which is {list(box)}")
 
     def twins(self) -> dict[str, str]:

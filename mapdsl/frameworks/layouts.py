@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from mapdsl.runtime.dtensors import is_dtensor, placement_of
+from mapdsl.runtime.dtensors import is_dtensor, placement_of, strides_like
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.links import Box, Shape, boxes_of
 from mapdsl.runtime.placements import Along, chunked
@@ -17,7 +18,6 @@ from mapdsl.runtime.shares import Run
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
 
 Ways = tuple["Along | None", ...]
 """How each dimension of a device mesh cuts a tensor; None where it does not: its ranks hold copies."""
@@ -28,6 +28,16 @@ class Block(NamedTuple):
 
     box: Box
     at: Shape
+
+    @classmethod
+    def alone(cls, box: Box) -> Block:
+        """A box that is all that a rank has."""
+        return cls(box, (0,) * len(box))
+
+    def place(self, box: Box) -> tuple[slice, ...]:
+        """Where a box that lies in this one is in what the rank holds, as an index."""
+        spans = zip(box, self.box, self.at, strict=True)
+        return tuple(slice(begin - first + at, end - first + at) for (begin, end), (first, _), at in spans)
 
 
 @dataclass(frozen=True)
@@ -119,19 +129,23 @@ def local_of(tensor: Tensor) -> Tensor:
     return local.detach()
 
 
-def joined(local: Tensor, layout: Layout, strides: Shape) -> DTensor:
-    """The DTensor that the local tensors of all ranks are together; nothing is communicated."""
+def joined(local: Tensor, layout: Layout) -> Tensor:
+    """The DTensor that the local tensors of all ranks are together; the tensor itself where one process has all of it.
+
+    Nothing is communicated.
+    """
+    if layout.mesh is None:
+        return local
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        local, layout.mesh, layout.placements(), run_check=False, shape=_size(layout.shape), stride=strides
-    )
+    shape = torch.Size(layout.shape)
+    strides = strides_like(local, shape)
+    return DTensor.from_local(local, layout.mesh, layout.placements(), run_check=False, shape=shape, stride=strides)
 
 
-def _size(shape: Shape) -> Any:
-    import torch
+def slices(box: Box) -> tuple[slice, ...]:
+    """A box as an index."""
+    return tuple(slice(begin, end) for begin, end in box)
 
-    return torch.Size(shape)
 
-
-__all__ = ["Block", "Layout", "Ways", "joined", "local_of"]
+__all__ = ["Block", "Layout", "Ways", "joined", "local_of", "slices"]

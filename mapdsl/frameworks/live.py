@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mapdsl.frameworks.layouts import Block, Layout, local_of
+from mapdsl.frameworks.layouts import Block, Layout, local_of, slices
 from mapdsl.frameworks.moves import seen
 from mapdsl.runtime.complement import Raw
 from mapdsl.runtime.dtensors import as_bytes, is_dtensor
@@ -75,6 +75,13 @@ def stated(target: Target, entries: Mapping[str, tuple[str, object]], device: to
     return torch.full(target.shape, target.value, dtype=found or torch.bfloat16, device=device)
 
 
+def dtype_of(found: Trace, target: Target, entries: Mapping[str, tuple[str, object]]) -> torch.dtype:
+    """The dtype that a tensor has before it is encoded, one that the map states too."""
+    if target.traced is None:
+        return stated(target, entries, torch.device("meta")).dtype
+    return found.dtype(target) or torch.bfloat16
+
+
 def whole_along(tensor: Tensor, layout: Layout, dims: frozenset[int]) -> Tensor:
     """What this process has of a DTensor that is whole along some dimensions of its mesh; all ranks there take part."""
     detached = tensor.detach()
@@ -120,9 +127,7 @@ def _check_value(name: str, local: Tensor, blocks: Sequence[Block], value: float
         return
     wanted = value.to(local.device, local.dtype)
     for block in blocks:
-        spans = zip(block.box, block.at, strict=True)
-        here = tuple(slice(at, at + end - begin) for (begin, end), at in spans)
-        same_bytes(name, local[here], wanted[tuple(slice(*span) for span in block.box)], what)
+        same_bytes(name, local[block.place(block.box)], wanted[slices(block.box)], what)
 
 
-__all__ = ["Load", "MissingTensorsError", "State", "check_piece", "check_stated", "stated", "whole_along"]
+__all__ = ["Load", "MissingTensorsError", "State", "check_piece", "check_stated", "dtype_of", "stated", "whole_along"]

@@ -23,7 +23,7 @@ from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.strided import contiguous_copy
 from mapdsl.runtime.codecs.values import Cast
 from mapdsl.runtime.complement import Raw
-from mapdsl.runtime.dtensors import mesh_names, strides_like
+from mapdsl.runtime.dtensors import mesh_names
 from mapdsl.runtime.links import Box, Link
 from mapdsl.runtime.tracing import Target, trace
 
@@ -165,7 +165,7 @@ class _Making:
             local = contiguous_copy(local)
         else:
             local = self._filled(self.layout)
-        return self._joined(local, self.layout)
+        return joined(local, self.layout)
 
     def _give_out(self, local: Tensor, *, in_place: bool) -> None:
         if self.load is not None and in_place:
@@ -194,17 +194,12 @@ class _Making:
         local = self._filled(self.layout)
         if any(way is not None for way in self.layout.ways):
             every = frozenset(range(len(self.layout.ways)))
-            return whole_along(self._joined(local, self.layout), self.layout, every)
+            return whole_along(joined(local, self.layout), self.layout, every)
         return local
 
     def _window(self, name: str, box: Box) -> Window:
         local, layout = self.export.source(name, self.image.gathered)
         return local, layout.blocks()
-
-    def _joined(self, local: Tensor, layout: Layout) -> Tensor:
-        if layout.mesh is None:
-            return local
-        return joined(local, layout, strides_like(local, torch.Size(layout.shape)))
 
     def _dtype(self) -> torch.dtype:
         dtype = self.export.trace.dtype(self.target)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from mapdsl.frameworks.layouts import Layout, joined
-from mapdsl.runtime.codecs.base import Codec
-from mapdsl.runtime.codecs.storage import Storage
+from mapdsl.frameworks.layouts import Block, Layout, joined
+from mapdsl.frameworks.moves import Window
+from mapdsl.runtime.codecs.base import Codec, Slice
+from mapdsl.runtime.codecs.storage import Box, Storage
 from mapdsl.runtime.complement import Raw
-from mapdsl.runtime.dtensors import strides_like
 from mapdsl.runtime.errors import ConversionError
-from mapdsl.runtime.tracing import Target
+from mapdsl.runtime.tracing import Source, Target
 
 
 def placeholders(
@@ -40,7 +40,7 @@ def placeholders(
             continue
         held = Layout(shape, layout.mesh, layout.ways)
         local = torch.zeros(held.local_shape, dtype=form, device=device)
-        out[name] = joined(local, held, strides_like(local, torch.Size(shape)))
+        out[name] = joined(local, held)
     return out
 
 
@@ -72,10 +72,19 @@ def _cuts_words(storage: Storage, layout: Layout, dims: Sequence[int]) -> bool:
     return True
 
 
+def decoded(source: Source, box: Box, read: Callable[[str, Box], Tensor], dtype: torch.dtype) -> Window:
+    """A box of a tensor that is stored in a format; `read` gives boxes of its stored parts, contiguous."""
+    assert not isinstance(source.stored, Raw)
+    of = Slice(source.shape, box)
+    called = dict(zip(source.stored.names(source.name), source.parts, strict=True))
+    parts = {part: read(called[part], own) for part, own in source.stored.cut(source.name, of).items()}
+    return source.stored.decode(source.name, parts, source.dtype or dtype, of=of), [Block.alone(box)]
+
+
 def encoded(target: Target, tensor: Tensor) -> dict[str, Tensor]:
     """A tensor in its format."""
     assert not isinstance(target.stored, Raw)
     return dict(target.stored.encode(target.name, tensor).parts)
 
 
-__all__ = ["encoded", "payload_layout", "placeholders"]
+__all__ = ["decoded", "encoded", "payload_layout", "placeholders"]

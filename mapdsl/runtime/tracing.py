@@ -98,7 +98,6 @@ class Trace:
     targets: dict[str, Target] = field(default_factory=dict)
     values: dict[str, float | Tensor] = field(default_factory=dict)
     ties: dict[str, str] = field(default_factory=dict)
-    dropped: list[str] = field(default_factory=list)
     lacking: dict[str, None] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)
 
@@ -137,13 +136,12 @@ def trace(
     dtype: torch.dtype = torch.bfloat16,
     partial: bool = False,
     quantization: bool = True,
-    strict: bool = True,
 ) -> Trace:
     """What converting a side of a map takes from where.
 
     Of the state only names, dtypes and shapes are looked at, those of DTensors being of all ranks together; `dtype`,
-    `partial` and `quantization` are as of `Adapter.read` and `Adapter.write`. With `strict` a name that no rule reads
-    is an error, R603.
+    `partial` and `quantization` are as of `Adapter.read` and `Adapter.write`. A name that no rule reads is an
+    error, R603.
     """
     complement = adapter.complement
     is_left = side == adapter.LEFT
@@ -176,8 +174,7 @@ def trace(
             adapter._to_right(take, put)
         else:
             adapter._to_left(take, put)
-    if strict:
-        take.finish()
+    take.finish()
     return found
 
 
@@ -298,11 +295,6 @@ class TracingTake(Take):
         """R605 for what groups lack."""
         if self.found.lacking:
             raise ConversionError("R605", f"parts of groups are missing: {some_of(list(self.found.lacking))}")
-
-    def drop(self, name: str, stored: Alternatives = AS_IS) -> None:
-        """See `Take.drop`."""
-        self.found.dropped += [name] if name in self else []
-        super().drop(name, stored)
 
     def equal(
         self,

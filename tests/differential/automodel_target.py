@@ -11,14 +11,14 @@ from mapdsl.emit.automodel import automodel_source
 from mapdsl.frameworks.automodel import AutomodelAdapter
 from tests.differential import test_automodel_gpt_oss as gpt_oss
 from tests.differential.automodel import Case, Family, load
+from tests.differential.automodel_glm import CASES as GLM
+from tests.differential.automodel_qwen import CASES as QWEN
 from tests.differential.test_automodel_deepseek_v3 import PLAIN as DEEPSEEK_V3
 from tests.differential.test_automodel_ernie4_5_moe import CASES as ERNIE
-from tests.differential.test_automodel_glm import CASES as GLM
 from tests.differential.test_automodel_hy_v3 import CASES as HY
 from tests.differential.test_automodel_ling_v2 import CASES as LING
 from tests.differential.test_automodel_minimax_m2 import CASES as MINIMAX
 from tests.differential.test_automodel_nemotron_v3 import CASES as NEMOTRON
-from tests.differential.test_automodel_qwen import CASES as QWEN
 from tests.helpers.deepseek_v4 import tiny_config
 
 _V4_CONFIG = "nemo_automodel.components.models.deepseek_v4.config:DeepseekV4Config"

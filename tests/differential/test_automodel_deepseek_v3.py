@@ -74,36 +74,6 @@ SCALES = [torch.float32, torch.bfloat16]
 EVERY = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN.keys())
 
 
-@EVERY
-def test_the_native_side_is_the_state_of_the_model(case: Case) -> None:
-    assert case.model_differences() == []
-
-
-@EVERY
-def test_the_config_may_be_as_its_class_spells_it(case: Case) -> None:
-    assert case.parsed_differences() == []
-
-
-@EVERY
-def test_writing_gives_the_same_bytes(case: Case) -> None:
-    assert case.writing_differences() == []
-
-
-@EVERY
-def test_reading_gives_the_same_bytes(case: Case) -> None:
-    assert case.reading_differences() == []
-
-
-@EVERY
-def test_one_tensor_at_a_time_gives_the_same(case: Case) -> None:
-    assert case.single_differences() == []
-
-
-@EVERY
-def test_what_is_written_comes_back(case: Case) -> None:
-    assert case.returning_differences() == []
-
-
 @pytest.mark.parametrize("scales", SCALES, ids=str)
 @EVERY
 def test_fp8_decodes_to_the_same_bytes_and_comes_back(case: Case, scales: torch.dtype) -> None:

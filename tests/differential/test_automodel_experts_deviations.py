@@ -13,8 +13,8 @@ from torch import Tensor
 
 import mapdsl
 from tests.differential.automodel import Case
-from tests.differential.test_automodel_glm import CASES as GLM_CASES
-from tests.differential.test_automodel_qwen import CASES as QWEN_CASES
+from tests.differential.automodel_glm import CASES as GLM_CASES
+from tests.differential.automodel_qwen import CASES as QWEN_CASES
 from tests.helpers.deepseek_v4 import differences, same_bytes
 
 pytestmark = pytest.mark.heavy

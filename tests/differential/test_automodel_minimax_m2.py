@@ -48,20 +48,6 @@ EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 EXPERTS = "model.layers.1.block_sparse_moe.experts."
 
 
-@EVERY
-def test_the_native_side_is_the_state_of_the_model(case: Case) -> None:
-    assert case.model_differences() == []
-    assert case.parsed_differences() == []
-
-
-@EVERY
-def test_plain_weights_are_read_and_written_the_same(case: Case) -> None:
-    assert case.writing_differences() == []
-    assert case.reading_differences() == []
-    assert case.single_differences() == []
-    assert case.returning_differences() == []
-
-
 @pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16], ids=str)
 @EVERY
 def test_fp8_decodes_to_the_same_bytes_and_comes_back(case: Case, scales: torch.dtype) -> None:

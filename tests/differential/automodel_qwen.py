@@ -1,17 +1,13 @@
-"""The compiled maps of Qwen's mixtures of experts and NeMo Automodel's own adapters: the same names, shapes and bytes.
+"""Cases of Qwen's mixtures of experts.
 
-Where they differ is in `test_automodel_qwen_deviations.py`, each case with its reason.
+Where our maps and NeMo Automodel's adapters differ is in `test_automodel_experts_deviations.py`, with each reason.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-from tests.differential.automodel import Case, Family, cases
-
-pytestmark = pytest.mark.heavy
+from tests.differential.automodel import Family, cases
 
 QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", "transformers:Qwen3MoeConfig")
 QWEN3_NEXT = Family("qwen3_next", "Qwen3NextForCausalLM", "transformers:Qwen3NextConfig")
@@ -66,34 +62,3 @@ CASES = {
         },
     ),
 }
-EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-@EVERY
-def test_the_native_side_is_the_state_of_the_model(case: Case) -> None:
-    assert case.model_differences() == []
-
-
-@EVERY
-def test_the_config_may_be_as_transformers_spells_it(case: Case) -> None:
-    assert case.parsed_differences() == []
-
-
-@EVERY
-def test_writing_gives_the_same_bytes(case: Case) -> None:
-    assert case.writing_differences() == []
-
-
-@EVERY
-def test_reading_gives_the_same_bytes(case: Case) -> None:
-    assert case.reading_differences() == []
-
-
-@EVERY
-def test_one_tensor_at_a_time_gives_the_same(case: Case) -> None:
-    assert case.single_differences() == []
-
-
-@EVERY
-def test_what_is_written_comes_back(case: Case) -> None:
-    assert case.returning_differences() == []
