@@ -12,6 +12,7 @@ from mapdsl.language import tree
 
 _BASE = ("mapdsl.frameworks.automodel", "AutomodelAdapter")
 _ABSTRACT = ("nemo_automodel.components.checkpoint.state_dict_adapter", "StateDictAdapter")
+_LOAD_PART = (_ABSTRACT[0], "CheckpointLoadPart")
 _MIXIN = ("nemo_automodel.components.moe.state_dict_mixin", "MoESplitExpertsStateDictMixin")
 
 
@@ -20,7 +21,7 @@ def automodel_source(checked: Checked, command: str = "mapdsl compile") -> str:
     experts = expert_patterns(checked)
     # Automodel's own code asks for its mixin to tell that a model has experts; whatever it does, the base does.
     bases = [_BASE, *([_MIXIN] if experts else []), _ABSTRACT]
-    module = adapter_source(checked, f"{command} --target automodel", bases)
+    module = adapter_source(checked, f"{command} --target automodel", [*bases, _LOAD_PART])
     name = class_name(checked.map.name)
     classes = Bracketed(f"{name.removesuffix('Adapter')}StateDictAdapter", [base for _, base in bases])
     head = lines(classes, 0, before="class ", after=":")

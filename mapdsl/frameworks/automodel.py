@@ -7,9 +7,8 @@ module does not import Automodel.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,18 +16,19 @@ from torch import Tensor
 
 from mapdsl.checkpoint.checkpoint import open_checkpoint
 from mapdsl.checkpoint.tensors import LazyState
+from mapdsl.frameworks.hub import folder_of
 from mapdsl.frameworks.incoming import Import
-from mapdsl.frameworks.layouts import Layout
-from mapdsl.frameworks.live import Load, MissingTensorsError
+from mapdsl.frameworks.layouts import Layout, expert_layout
+from mapdsl.frameworks.live import Load, MissingTensorsError, refuse_lacking, telling_what_is_missing
 from mapdsl.frameworks.naming import OUTER_PREFIX, Naming, outer_prefix
 from mapdsl.frameworks.outgoing import Export
+from mapdsl.frameworks.parts import Part, parts_of
 from mapdsl.runtime.adapter import Adapter
 from mapdsl.runtime.codecs.values import Cast
-from mapdsl.runtime.dtensors import is_dtensor, mesh_names
-from mapdsl.runtime.errors import ConversionError, some_of
+from mapdsl.runtime.dtensors import is_dtensor
+from mapdsl.runtime.errors import some_of
 from mapdsl.runtime.made_names import lacking, left_names_of
 from mapdsl.runtime.names import captures
-from mapdsl.runtime.placements import Along
 from mapdsl.runtime.tracing import Target, trace
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class AutomodelAdapter:
 
     ADAPTER: ClassVar[type[Adapter]]
     EXPERTS: ClassVar[tuple[str, ...]] = ()
+    LOAD_PART: ClassVar[Callable[..., Any] | None] = None
+    """Automodel's own class of a part of a load: its loader takes no other."""
 
     # Automodel sets it while an adapter is loaded whose metadata tell its layout.
     _paramwrapper_layout_hint: str | None = None
@@ -121,10 +123,13 @@ class AutomodelAdapter:
                     quantization=quantization,
                     load=load,
                     in_place=self._is_in_place,
+                    dtype=self.dtype,
                     dtypes=self._dtypes,
                 )
-                _refuse_lacking(export.trace.lacking)
+                refuse_lacking(export.trace.lacking)
                 made = export.run()
+                if load is not None:
+                    load.found |= self.adapter.complement.found
         # Models that have fused experts in transformers have all modules there as Automodel calls them.
         made |= {name if is_fused else self._naming.left(name): tensor for name, tensor in low_rank.items()}
         made = {prefix + name: tensor for name, tensor in made.items()} | others
@@ -158,7 +163,7 @@ class AutomodelAdapter:
 
     def _write(self, state: dict[str, Tensor], *, quantization: bool) -> dict[str, Tensor]:
         """The stored tensors of a state that this process has all of."""
-        with _telling_what_is_missing():
+        with telling_what_is_missing():
             return self.adapter.write(state, quantization=quantization, dtype=self.dtype, partial=True)
 
     # --- into the model ---
@@ -189,9 +194,10 @@ class AutomodelAdapter:
         prefix, tensors = outer_prefix(tensors)
         plain, low_rank = self._naming.split_left(tensors)
         is_part = partial or bool(load.layouts) or bool(prefix) or bool(low_rank)
-        hint = self._paramwrapper_layout_hint
+        hint = {} if self._paramwrapper_layout_hint is None else {"lora_layout": self._paramwrapper_layout_hint}
         out: dict[str, Any]
-        with self._given(**({} if hint is None else {"lora_layout": hint})), _telling_what_is_missing():
+        known = self.adapter.complement.adding() if is_part else nullcontext()
+        with self._given(**{**load.found, **hint}), telling_what_is_missing(), known:
             if device_mesh is None and not load.layouts and not any(map(is_dtensor, plain.values())):
                 out = self._read(plain, partial=is_part)
                 out |= {self._naming.right(name): tensor for name, tensor in low_rank.items()}
@@ -208,10 +214,8 @@ class AutomodelAdapter:
             self._check_experts(load, made.expected | nothing)
         out, filled = made.run(lambda name: load.is_filled(name, plain))
         filled |= nothing
-        # A tied head that the model's state is without is not missed in what it is to take.
-        for name, other in made.twins().items():
-            if other in load.layouts and name not in load.layouts:
-                out.pop(name, None)
+        for name in made.beside(load.layouts) if load.layouts else ():
+            out.pop(name, None)
         self._view_loaded |= {prefix + name for name in filled}
         load.forget(made.expected | nothing)
         self._load = load
@@ -238,15 +242,56 @@ class AutomodelAdapter:
         self._dtypes = {name: tensor.dtype for name, tensor in stored.items()}
 
     def _expect_formats_of_config(self) -> None:
-        """The same of the checkpoint that the model's config was read from, where that is a folder with tensors."""
-        path = getattr(self.config, "_name_or_path", None)
-        if isinstance(path, str) and any(Path(path).glob("*.safetensors")):
-            self.expect_formats(LazyState(open_checkpoint(path)).meta())
+        """The same of the checkpoint that the model's config was read from, where its tensors are on this machine."""
+        folder = folder_of(self.config)
+        if folder is not None and any(folder.glob("*.safetensors")):
+            self.expect_formats(LazyState(open_checkpoint(folder)).meta())
 
     @property
     def view_loaded_native_keys(self) -> set[str]:
         """The model's tensors that the last load read through views: they are in the model, not in its result."""
         return set(self._view_loaded)
+
+    def iter_checkpoint_load_parts(
+        self, model_state_dict: Mapping[str, Any], device_mesh: DeviceMesh | None = None
+    ) -> Iterator[Any] | None:
+        """The load of a quantised checkpoint in parts, each read and decoded into the model before the next.
+
+        None where several processes load: each asks for what it holds of all tensors, at once. Raises
+        MissingTensorsError, before anything is read, where the folder that `config` was read from lacks tensors.
+        """
+        del device_mesh
+        is_job = torch.distributed.is_available() and torch.distributed.is_initialized()
+        tensors, others = _apart(model_state_dict)
+        if self.LOAD_PART is None or (is_job and torch.distributed.get_world_size() > 1):
+            return None
+        if not self._dtypes:
+            self._expect_formats_of_config()
+        with self._stored_anew(packed=True):
+            found = trace(self.adapter, self.adapter.RIGHT, tensors, partial=True)
+        refuse_lacking(found.lacking)
+        if self._dtypes:
+            refuse_lacking(name for name in found.stored_names() if name not in self._dtypes)
+        self._view_loaded = set()
+        parts = parts_of(found, tensors)
+        return (
+            self._load_part({name: tensors[name] for name in names}, {} if number else others)
+            for number, names in enumerate(parts)
+        )
+
+    def _load_part(self, held: dict[str, Tensor], others: Iterable[str]) -> Any:
+        part = Part(held, self.to_hf(held, quantization=True, for_checkpoint_load=True))
+
+        def finish() -> None:
+            part.install(self.from_hf(part.stored, reset_view_loaded_keys=False))
+
+        assert self.LOAD_PART is not None
+        return self.LOAD_PART(
+            checkpoint_tensors=part.stored,
+            model_keys=frozenset([*held, *others]),
+            temporary_checkpoint_keys=part.temporary(),
+            finish=finish,
+        )
 
     def _layout(self, target: Target, sources: Iterable[Layout], load: Load, device_mesh: DeviceMesh | None) -> Layout:
         """How a tensor of the model is to be held."""
@@ -254,7 +299,7 @@ class AutomodelAdapter:
             return load.layouts[target.name]
         # Automodel reads the LoRA of all experts on every rank, and cuts it itself.
         if device_mesh is not None and self._is_expert(target.name) and ".lora_" not in target.name:
-            return expert_layout(target, device_mesh)
+            return expert_layout(target.shape, device_mesh)
         (first, *more) = [*sources, Layout(target.shape)]
         links = list(target.links())
         is_renamed = len(more) == 1 and len(links) == 1 and links[0].is_rename and first.shape == target.shape
@@ -341,24 +386,6 @@ class AutomodelAdapter:
         return experts != "te" and dispatcher != "mok"
 
 
-def expert_layout(target: Target, device_mesh: DeviceMesh) -> Layout:
-    """How Automodel holds grouped experts: over `ep` by expert, over `ep_shard` by the second dimension.
-
-    Shares are those of DTensors: of the size rounded up, the last ones smaller. Raises ConversionError, N113, for a
-    mesh that has no `ep` or other dimensions besides.
-    """
-    names = mesh_names(device_mesh)
-    known = {"ep": Along(0, 1), "ep_shard": Along(1, 1), "ep_replicate": None}
-    if "ep" not in names or not set(names) <= set(known):
-        message = "grouped experts are held over `ep`, `ep_shard` and `ep_replicate`"
-        raise ConversionError("N113", f"{message}, the device mesh has {list(names)}")
-    sizes = dict(zip(names, device_mesh.shape, strict=True))
-    has_more = any(size > 1 for name, size in sizes.items() if name != "ep")
-    kept = tuple(name for name in names if name == "ep" or has_more)
-    mesh = device_mesh if kept == names else device_mesh[kept]
-    return Layout(target.shape, mesh, tuple(known[name] for name in kept))
-
-
 def _apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors that a map speaks of, and what modules keep besides."""
     tensors = {name: value for name, value in state.items() if _is_tensor(name, value)}
@@ -369,21 +396,4 @@ def _is_tensor(name: str, value: Any) -> bool:
     return isinstance(value, Tensor) and not name.endswith(_EXTRA_STATE)
 
 
-@contextmanager
-def _telling_what_is_missing() -> Iterator[None]:
-    """What tells of missing tensors is a RuntimeError, too."""
-    try:
-        yield
-    except ConversionError as problem:
-        if problem.code != "R605" or isinstance(problem, MissingTensorsError):
-            raise
-        raise MissingTensorsError(problem.code, problem.message, problem.rule) from None
-
-
-def _refuse_lacking(lacking: Iterable[str]) -> None:
-    missing = list(lacking)
-    if missing:
-        raise MissingTensorsError("R605", f"stored tensors are made of others with them, missing: {some_of(missing)}")
-
-
-__all__ = ["AutomodelAdapter", "expert_layout"]
+__all__ = ["AutomodelAdapter"]

@@ -7,8 +7,9 @@ where that lies in the stored tensors is told by links, and no other bytes are r
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ from mapdsl.frameworks.moves import Window, are_filled, fill
 from mapdsl.frameworks.stored import decoded
 from mapdsl.map import Map, load
 from mapdsl.runtime.adapter import Adapter
+from mapdsl.runtime.codecs.formats import FLOAT_DTYPES
 from mapdsl.runtime.complement import Raw
 from mapdsl.runtime.errors import some_of
-from mapdsl.runtime.links import Box
+from mapdsl.runtime.links import Box, Link
 from mapdsl.runtime.tracing import Target, Trace, trace
 
 
@@ -46,8 +48,8 @@ class MapStorageReader(StorageReader):
     """Reads the left side of a map as a checkpoint of its right side.
 
     `map` is a `Map`, a file or the name of a shipped one; `config` that of the checkpoint, by default its own
-    `config.json`; `params` are params of the map by name. Tensors that are stored in a format are decoded; whatever the
-    dtype, values are cast to that of the model's tensor. `threads` tensors are read at a time.
+    `config.json`; `params` are params of the map by name. Tensors that are stored in a format are decoded to the
+    dtype of the model's tensor, others are cast to it. `threads` tensors are read at a time.
 
     A state dict may ask for any part of the model. Raises MapError where the checkpoint cannot be opened, and
     ConversionError where its headers do not fit the map; while it is read, wrapped by torch in a CheckpointException:
@@ -87,7 +89,7 @@ class MapStorageReader(StorageReader):
         """The names, shapes and dtypes of the right side."""
         del args, kwargs
         reading = self._reading
-        found = {target.name: _outline(target, reading.dtype(target)) for target in reading.targets.values()}
+        found = {name: _outline(target, reading.dtypes[name]) for name, target in reading.targets.items()}
         places = {
             MetadataIndex(name, torch.Size([0] * len(target.shape))): name for name, target in reading.targets.items()
         }
@@ -135,10 +137,8 @@ class _Reading:
         self.state: Mapping[str, Tensor] = LazyState(checkpoint).meta()
         self.trace: Trace = trace(adapter, adapter.LEFT, self.state)
         self.targets: dict[str, Target] = self.trace.targets
-
-    def dtype(self, target: Target) -> torch.dtype:
-        """The dtype that a tensor has where nobody asks for another."""
-        return dtype_of(self.trace, target, self.adapter.complement.right)
+        # What does not go together is told here: of an error in read_metadata torch tells half.
+        self.dtypes = {name: dtype_of(self.trace, one, adapter.complement.right) for name, one in self.targets.items()}
 
     def check(self, items: list[ReadItem]) -> None:
         """Refuse to read anything where something that is needed is not there."""
@@ -160,24 +160,29 @@ class _Reading:
         target = self.targets[item.storage_index.fqn]
         box = _box(item)
         links = list(target.links())
-        dtype = self.dtype(target)
         if not links:
-            whole = stated(target, self.adapter.complement.right, place.device)
+            whole = stated(target, self.adapter.complement.right, place.device, place.dtype)
             place.copy_(whole[slices(box)])
             return
+        dtype = self._dtype_for(place, target, links)
         is_direct = place.dtype == dtype and place.device.type == "cpu"
         made = place if is_direct else torch.empty(place.shape, dtype=dtype)
         if not are_filled(links, box):
             made.zero_()
-        fill(made, [Block.alone(box)], links, self._window)
+        fill(made, [Block.alone(box)], links, partial(self._window, dtype))
         if not is_direct:
             place.copy_(made)
 
-    def _window(self, name: str, box: Box) -> Window:
+    def _dtype_for(self, place: Tensor, target: Target, links: Iterable[Link]) -> torch.dtype:
+        """The dtype to make a tensor in: what is decoded is rounded once, to that of its place."""
+        is_decoded = not any(isinstance(self.trace.sources[link.source].stored, Raw) for link in links)
+        return place.dtype if is_decoded and place.dtype in FLOAT_DTYPES else self.dtypes[target.name]
+
+    def _window(self, dtype: torch.dtype, name: str, box: Box) -> Window:
         source = self.trace.sources[name]
         if isinstance(source.stored, Raw):
             return self.boxes.read(source.parts[0], box), [Block.alone(box)]
-        return decoded(source, box, self.boxes.read, torch.bfloat16)
+        return decoded(source, box, self.boxes.read, dtype)
 
 
 def _box(item: ReadItem) -> Box:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -84,7 +84,8 @@ class Import:
         links = list(target.links())
         layout = self._layout(target)
         if not links:
-            return self._cut(stated(target, self.adapter.complement.right, self._device(links)), layout)
+            value = stated(target, self.adapter.complement.right, self._device(links), self.dtype)
+            return self._cut(value, layout)
         if len(links) == 1 and (renamed := self._renamed(links[0], target, layout)) is not None:
             return renamed
         dtype = self.trace.dtype(target)
@@ -140,7 +141,7 @@ class Import:
         source = self.trace.sources[name]
         if isinstance(source.stored, Raw):
             return self._at_hand(source.parts[0])
-        return decoded(source, box, self._box, self.dtype)
+        return decoded(source, box, self._box, source.dtype or self.dtype)
 
     def _box(self, part: str, box: Box) -> Tensor:
         """A box of a stored part, contiguous."""
@@ -150,14 +151,14 @@ class Import:
                 return contiguous(local[block.place(box)])
         raise ConversionError("R605", f"this process has not all of {part} that it needs, which is {list(box)}")
 
-    def twins(self) -> dict[str, str]:
-        """Tensors that are made of what another one is made of, a tied head say, by name: that other."""
+    def beside(self, asked: Collection[str]) -> set[str]:
+        """What is made though the model is without it: what the map states, and a tied head where it has the other."""
         first: dict[int, str] = {}
-        out = {}
+        out = set()
         for target in self.trace.targets.values():
-            other = first.setdefault(id(target.traced), target.name)
-            if target.traced is not None and other != target.name:
-                out[target.name] = other
+            other = first.setdefault(id(target.traced), target.name) if target.traced is not None else None
+            if target.name not in asked and (other is None or (other != target.name and other in asked)):
+                out.add(target.name)
         return out
 
     @cached_property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mapdsl.runtime.dtensors import is_dtensor, placement_of, strides_like
+from mapdsl.runtime.dtensors import is_dtensor, mesh_names, placement_of, strides_like
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.links import Box, Shape, boxes_of
 from mapdsl.runtime.placements import Along, chunked
@@ -148,4 +148,22 @@ def slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(begin, end) for begin, end in box)
 
 
-__all__ = ["Block", "Layout", "Ways", "joined", "local_of", "slices"]
+def expert_layout(shape: Shape, device_mesh: DeviceMesh) -> Layout:
+    """How Automodel holds grouped experts: over `ep` by expert, over `ep_shard` by the second dimension.
+
+    Shares are those of DTensors: of the size rounded up, the last ones smaller. Raises ConversionError, N113, for a
+    mesh that has no `ep` or other dimensions besides.
+    """
+    names = mesh_names(device_mesh)
+    known = {"ep": Along(0, 1), "ep_shard": Along(1, 1), "ep_replicate": None}
+    if "ep" not in names or not set(names) <= set(known):
+        message = "grouped experts are held over `ep`, `ep_shard` and `ep_replicate`"
+        raise ConversionError("N113", f"{message}, the device mesh has {list(names)}")
+    sizes = dict(zip(names, device_mesh.shape, strict=True))
+    has_more = any(size > 1 for name, size in sizes.items() if name != "ep")
+    kept = tuple(name for name in names if name == "ep" or has_more)
+    mesh = device_mesh if kept == names else device_mesh[kept]
+    return Layout(shape, mesh, tuple(known[name] for name in kept))
+
+
+__all__ = ["Block", "Layout", "Ways", "expert_layout", "joined", "local_of", "slices"]

@@ -6,7 +6,8 @@ What converts is the compiled adapter, traced: links say which elements of which
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ from mapdsl.frameworks.layouts import Block, Layout, local_of, slices
 from mapdsl.frameworks.moves import seen
 from mapdsl.runtime.complement import Raw
 from mapdsl.runtime.dtensors import as_bytes, is_dtensor
-from mapdsl.runtime.errors import ConversionError
+from mapdsl.runtime.errors import ConversionError, some_of
 from mapdsl.runtime.fitting import only_zeros, same_bytes
 from mapdsl.runtime.links import Link, joined_axes, whole_region
 from mapdsl.runtime.tracing import Source, Target, Trace
@@ -28,16 +29,36 @@ class MissingTensorsError(ConversionError, RuntimeError):
     """Tensors of a checkpoint that this process needs and that are not there."""
 
 
+@contextmanager
+def telling_what_is_missing() -> Iterator[None]:
+    """What tells of missing tensors is a RuntimeError, too."""
+    try:
+        yield
+    except ConversionError as problem:
+        if problem.code != "R605" or isinstance(problem, MissingTensorsError):
+            raise
+        raise MissingTensorsError(problem.code, problem.message, problem.rule) from None
+
+
+def refuse_lacking(lacking: Iterable[str]) -> None:
+    """Raise MissingTensorsError for tensors of the model that stored ones are made of, if there are any."""
+    missing = list(lacking)
+    if missing:
+        raise MissingTensorsError("R605", f"stored tensors are made of others with them, missing: {some_of(missing)}")
+
+
 @dataclass
 class Load:
     """What a checkpoint is to be read into: the layouts of the model's tensors, and views of their memory by name.
 
     `views` are the local tensors that were given out for stored tensors, `into` by the model's tensor those names.
+    `found` are the answers of `has(...)` that stored tensors were named by.
     """
 
     layouts: dict[str, Layout] = field(default_factory=dict)
     views: dict[str, Tensor] = field(default_factory=dict)
     into: dict[str, set[str]] = field(default_factory=dict)
+    found: dict[str, bool] = field(default_factory=dict)
 
     def empty(self) -> set[str]:
         """The tensors of which this process has no element: nothing was asked for them."""
@@ -65,14 +86,19 @@ def _is_same(tensor: Tensor, view: Tensor) -> bool:
     return local.data_ptr() == view.data_ptr()
 
 
-def stated(target: Target, entries: Mapping[str, tuple[str, object]], device: torch.device) -> Tensor:
-    """A tensor that the map states a value for, in the dtype that it was read in, if it was."""
+def stated(
+    target: Target,
+    entries: Mapping[str, tuple[str, object]],
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """A tensor that the map states a value for, in the dtype that it was read in, if it was; `dtype` is of numbers."""
     entry = entries.get(target.name)
     found = getattr(torch, entry[0], None) if entry is not None else None
     if isinstance(target.value, Tensor):
         return target.value.to(device, found or target.value.dtype)
     assert target.value is not None, f"{target.name} comes from nowhere"
-    return torch.full(target.shape, target.value, dtype=found or torch.bfloat16, device=device)
+    return torch.full(target.shape, target.value, dtype=found or dtype, device=device)
 
 
 def dtype_of(found: Trace, target: Target, entries: Mapping[str, tuple[str, object]]) -> torch.dtype:
@@ -130,4 +156,15 @@ def _check_value(name: str, local: Tensor, blocks: Sequence[Block], value: float
         same_bytes(name, local[block.place(block.box)], wanted[slices(block.box)], what)
 
 
-__all__ = ["Load", "MissingTensorsError", "State", "check_piece", "check_stated", "dtype_of", "stated", "whole_along"]
+__all__ = [
+    "Load",
+    "MissingTensorsError",
+    "State",
+    "check_piece",
+    "check_stated",
+    "dtype_of",
+    "refuse_lacking",
+    "stated",
+    "telling_what_is_missing",
+    "whole_along",
+]

@@ -36,7 +36,7 @@ class Export:
 
     With `load` they are to be overwritten: views of the model's memory where that goes, and no values else. Otherwise
     they have the model's values, in memory of their own where they are moved. `dtypes` are known ones of stored
-    tensors.
+    tensors, `dtype` is that of numbers that the map states.
     """
 
     def __init__(
@@ -47,9 +47,10 @@ class Export:
         quantization: bool,
         load: Load | None,
         in_place: Callable[[str], bool],
+        dtype: torch.dtype = torch.bfloat16,
         dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
     ) -> None:
-        self.dtypes = dtypes
+        self.dtype, self.dtypes = dtype, dtypes
         self.adapter, self.state = adapter, state
         self.load, self.in_place = load, in_place
         self.trace = trace(adapter, adapter.RIGHT, state, partial=True, quantization=quantization)
@@ -58,7 +59,10 @@ class Export:
         self._submeshes: dict[tuple[int, tuple[int, ...]], DeviceMesh] = {}
         self._gathered: dict[tuple[str, frozenset[int]], Tensor] = {}
         if load is not None:
-            load.layouts |= self.layouts
+            # What is stored nowhere is not waited for.
+            read = {name for target in self.trace.targets.values() for name in target.origins()}
+            read |= self.trace.values.keys() | self.trace.ties.keys()
+            load.layouts |= {name: layout for name, layout in self.layouts.items() if name in read}
 
     def run(self) -> dict[str, Tensor]:
         """All that this process holds, by name."""
@@ -116,7 +120,7 @@ class Export:
     def _stated(self, target: Target) -> dict[str, Tensor]:
         """What the map states a value for."""
         device = next((tensor.device for tensor in self.state.values()), torch.device("cpu"))
-        value = stated(target, self.adapter.complement.entries, device)
+        value = stated(target, self.adapter.complement.entries, device, self.dtype)
         return {target.name: value} if isinstance(target.stored, Raw) else encoded(target, value)
 
 

@@ -73,12 +73,12 @@ def _cuts_words(storage: Storage, layout: Layout, dims: Sequence[int]) -> bool:
 
 
 def decoded(source: Source, box: Box, read: Callable[[str, Box], Tensor], dtype: torch.dtype) -> Window:
-    """A box of a tensor that is stored in a format; `read` gives boxes of its stored parts, contiguous."""
+    """A box of a tensor that is stored in a format, decoded to a dtype; `read` gives its stored parts, contiguous."""
     assert not isinstance(source.stored, Raw)
     of = Slice(source.shape, box)
     called = dict(zip(source.stored.names(source.name), source.parts, strict=True))
     parts = {part: read(called[part], own) for part, own in source.stored.cut(source.name, of).items()}
-    return source.stored.decode(source.name, parts, source.dtype or dtype, of=of), [Block.alone(box)]
+    return source.stored.decode(source.name, parts, dtype, of=of), [Block.alone(box)]
 
 
 def encoded(target: Target, tensor: Tensor) -> dict[str, Tensor]:

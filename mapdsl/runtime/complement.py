@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -41,6 +43,16 @@ class Complement:
     found: dict[str, bool] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)
     edited: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """Keep what is known of the left side while a part of it is read, which tells anew of what it reads."""
+        known: list[tuple[MutableMapping[str, Any], dict[str, Any]]]
+        known = [(notes, dict(notes)) for notes in (self.entries, self.decoded, self.found, self.spelled)]
+        yield
+        for notes, before in known:
+            for name, note in before.items():
+                notes.setdefault(name, note)
 
     def clear(self) -> None:
         """Forget the left side: a new checkpoint is read."""

@@ -63,6 +63,17 @@ class Target:
     traced: Traced | None = None
     value: float | Tensor | None = None
 
+    def origins(self) -> Iterator[str]:
+        """The names of what its elements come from, some of them more than once."""
+        if self.traced is None:
+            return
+        whole = self.traced.whole
+        if whole.name is not None:
+            yield whole.name
+        for part in whole.parts:
+            assert part.traced.whole.name is not None, f"{self.name} is made in two steps"
+            yield part.traced.whole.name
+
     def links(self) -> Iterator[Link]:
         """Where its elements come from; what no link speaks of is zeros."""
         if self.traced is None:
@@ -101,13 +112,18 @@ class Trace:
     lacking: dict[str, None] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)
 
+    def stored_names(self) -> Iterator[str]:
+        """The names of what the targets are stored in."""
+        for target in self.targets.values():
+            yield from [target.name] if isinstance(target.stored, Raw) else target.stored.names(target.name)
+
     def dtype(self, target: Target) -> torch.dtype | None:
         """The dtype of a target before it is encoded: that of what it comes from; None where nothing of that is there.
 
         Raises ConversionError, R606, where it comes from tensors of several dtypes.
         """
         first: Source | None = None
-        for name in dict.fromkeys(_origins(target)):
+        for name in dict.fromkeys(target.origins()):
             source = self.sources[name]
             if source.is_there:
                 first = first or source
@@ -115,17 +131,6 @@ class Trace:
                     message = f"expected {first.dtype} as in {first.name} of its group, found {source.dtype}"
                     raise ConversionError("R606", f"{name}: {message}")
         return None if first is None else first.dtype
-
-
-def _origins(target: Target) -> Iterator[str]:
-    if target.traced is None:
-        return
-    whole = target.traced.whole
-    if whole.name is not None:
-        yield whole.name
-    for part in whole.parts:
-        assert part.traced.whole.name is not None
-        yield part.traced.whole.name
 
 
 def trace(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.differential.automodel import Case, State, load
 from tests.differential.automodel_target import FAMILIES, in_place_of
 from tests.differential.quantised import fp8_checkpoint
+from tests.differential.test_automodel_gpt_oss import packed
 from tests.helpers.automodel_job import check, finite
 from tests.helpers.deepseek_v4 import Storage, checkpoint, differences
 from tests.helpers.jobs import run_job
@@ -105,20 +108,34 @@ def in_dtypes_of(state: State, expected: State) -> State:
 def quantised(family: str) -> tuple[Case, State]:
     """A checkpoint as released."""
     case = FAMILIES[family]
+    if family == "gpt_oss":
+        return replace(case, params={}), packed(dict(case.config), largest=127)
     if family == "deepseek_v4":
         return case, checkpoint(dict(case.config), Storage("fp8", scales=torch.float32))
     return case, fp8_checkpoint(case)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v32", "minimax_m2", "deepseek_v4"])
-def test_an_fp8_checkpoint_is_decoded_the_same(family: str, tmp_path: Path) -> None:
+def quantised_model(case: Case, whose: str, base: Path) -> torch.nn.Module:
+    """A model whose config was read from a folder with a quantised checkpoint."""
+    model: Any = model_of(case, whose)
+    model.config.quantization_config = {"quant_method": "fp8"}
+    model.config._name_or_path = str(base)
+    return model  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v32", "minimax_m2", "deepseek_v4", "gpt_oss"])
+def test_a_quantised_checkpoint_is_decoded_the_same(family: str, tmp_path: Path) -> None:
+    """Ours in parts; Automodel's own does so for gpt-oss, and holds a second model in the others."""
     case, files = quantised(family)
     base = released(files, tmp_path / "base")
     made = {}
     for whose in WHOSE:
-        model = model_of(case, whose)
-        model.config.quantization_config = {"quant_method": "fp8"}
-        checkpointer(tmp_path / whose).load_model(model, str(base), is_init_step=True)
+        model = quantised_model(case, whose, base)
+        engine = checkpointer(tmp_path / whose)
+        in_parts = Mock(wraps=engine._load_model_in_parts)
+        engine._load_model_in_parts = in_parts
+        engine.load_model(model, str(base), is_init_step=True)
+        assert in_parts.called == (whose == "ours" or family == "gpt_oss")
         made[whose] = on_cpu(model.state_dict())
     assert differences(made["ours"], made["theirs"]) == []
     expected = load(case.map).adapter(case.config).from_hf(files)
@@ -130,15 +147,16 @@ def test_a_missing_expert_ends_the_load(tmp_path: Path) -> None:
     case = FAMILIES["deepseek_v3"]
     files = {name: t for name, t in fp8_checkpoint(case).items() if "layers.2.mlp.experts." not in name}
     base = released(files, tmp_path / "base")
-    model = model_of(case, "theirs")
-    model.config.quantization_config = {"quant_method": "fp8"}
+    model = quantised_model(case, "theirs", base)
     checkpointer(tmp_path).load_model(model, str(base), is_init_step=True)
     assert model.state_dict()["model.layers.2.mlp.experts.down_projs"].isnan().all()
-    model = model_of(case, "ours")
-    model.config.quantization_config = {"quant_method": "fp8"}
+    model = quantised_model(case, "ours", base)
     with pytest.raises(RuntimeError, match=r"model\.layers\.2\.mlp\.experts\.0"):
         checkpointer(tmp_path).load_model(model, str(base), is_init_step=True)
     assert model.state_dict()["model.embed_tokens.weight"].isnan().all()
+    model.config._name_or_path = ""  # nothing tells where the checkpoint is: parts before it are read
+    with pytest.raises(RuntimeError, match=r"model\.layers\.2\.mlp\.experts\.0"):
+        checkpointer(tmp_path).load_model(model, str(base), is_init_step=True)
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
