@@ -32,11 +32,16 @@ def load(path_or_name: str | os.PathLike[str]) -> Map:
 
 
 def _hint(path: Path, shipped: dict[str, Path]) -> str:
-    """The file that was meant, if it lies beside; else what is shipped."""
+    """The file that was meant, if it lies beside; else what is shipped of a name like that."""
     meant = f"{path}.map"
     if os.path.isfile(meant):
         return f"did you mean {meant}?"
-    return f"shipped maps: {', '.join(shipped)}" if shipped else ""
+    from difflib import get_close_matches
+
+    close = get_close_matches(str(path).lower().replace("-", "_")[:100], shipped)
+    if close:
+        return f"did you mean {' or '.join(close)}? `mapdsl maps` lists the shipped maps"
+    return "`mapdsl maps` lists the shipped maps" if shipped else ""
 
 
 class Map:

@@ -151,7 +151,8 @@ def test_a_pipe_is_no_map(command: str, name: str, good: Path) -> None:
 
 BAD_INPUT = [
     (["check", "nope.map"], "nope.map: error[N116]"),
-    (["check", "nope"], "no shipped map `nope`"),
+    (["check", "nope"], "no shipped map `nope`\nhelp: `mapdsl maps` lists the shipped maps"),
+    (["compile", "GPT-OSS"], "help: did you mean gpt_oss?"),
     (["check", "."], "error[N116]"),
     (["check", "folder.map"], "folder.map: error[N116]"),
     (["check", "empty.map"], "empty.map:1:1: error[S101]"),

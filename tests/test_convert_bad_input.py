@@ -12,8 +12,11 @@ import torch
 from conversions import MAP, NAME, change_json, contents, only, renames, tiny_config, write_state, write_tiny
 
 import mapdsl
+from mapdsl.checkpoint import engine
 from mapdsl.checkpoint import writer as writer_module
+from mapdsl.checkpoint.checkpoint import open_checkpoint
 from mapdsl.checkpoint.journal import Journal
+from mapdsl.checkpoint.tensors import LazyState
 from mapdsl.cli.main import main
 from mapdsl.demo import random_state
 from mapdsl.language.diagnostics import MapError
@@ -62,6 +65,26 @@ def test_a_shard_that_is_cut_while_it_is_converted(tmp_path, monkeypatch):
     found = refused(source, tmp_path / "out", workers=1)
     assert (found.code, found.subject) == ("C507", str(shard))
     assert found.message.endswith("found 20,000")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_tensor_whose_end_is_cut_while_it_is_decoded(tmp_path, monkeypatch, workers):
+    """The system shows zeros up to the end of the last page: they must not come out as if they had been stored."""
+    source = write_tiny(tmp_path / "source")
+    last = max(open_checkpoint(source).tensors.values(), key=lambda stored: (stored.file.name, stored.end))
+    hand_out = LazyState._from_map
+
+    def cutting(self, stored, *form):
+        found = hand_out(self, stored, *form)
+        if stored.name == last.name:
+            os.truncate(stored.file, stored.end - 1)
+        return found
+
+    monkeypatch.setattr(engine, "SMALL_BYTES", 0)
+    monkeypatch.setattr(LazyState, "_from_map", cutting)
+    found = refused(source, tmp_path / "out", workers=workers)
+    assert (found.code, found.subject) == ("C507", str(last.file))
+    assert found.message == f"tensor `{last.name}` ends at byte {last.end:,}, found {last.end - 1:,}"
 
 
 def test_an_index_that_names_a_missing_file(tmp_path):

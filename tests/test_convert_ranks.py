@@ -273,23 +273,6 @@ def test_what_another_rank_has_done_is_worth_keeping(tmp_path: Path) -> None:
         assert journal.folder.exists() == keeps
 
 
-def test_a_rank_that_is_not_heard_of_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "LOST_SECONDS", 0.3)
-    monkeypatch.setattr(ranks, "BEAT_SECONDS", 0.05)
-
-    def work(member: Ranks) -> Any:
-        if member.rank:
-            member._ended.set()  # it says nothing more, and does nothing
-            member._watcher.join()
-            member.stop.wait(2)
-            return None
-        return member.collect("never")
-
-    first, _ = together(2, work)
-    assert only(first).code == "C507" and "rank 1 was not heard of" in only(first).message
-    assert ranks.may_go_on(first)
-
-
 def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversion by two ranks, each of which is interrupted when it has done eight units."""
     add = JournalFile.add

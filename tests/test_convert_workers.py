@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -96,5 +97,23 @@ def test_a_source_that_became_shorter(tmp_path: Path) -> None:
     source = tmp_path / "short"
     source.write_bytes(b"1234")
     entry = ("w", "F32", (4,))
-    with CheckpointWriter(tmp_path / "out", [entry]) as writer, pytest.raises(MapError, match="has become shorter"):
+    with (
+        CheckpointWriter(tmp_path / "out", [entry]) as writer,
+        pytest.raises(MapError, match="has become shorter") as raised,
+    ):
         writer.copy("w", torch.zeros(4), source, 0)
+    found = raised.value.diagnostics[0]
+    assert found.subject == str(source) and "`w`" in found.message and "look at that file" in found.help
+
+
+def test_a_mapped_source_that_became_shorter(tmp_path: Path) -> None:
+    """As where the system copies nothing between two file systems."""
+    with (tmp_path / "short").open("w+b") as file:
+        file.truncate(3 * mmap.PAGESIZE)
+        mapped = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
+        file.truncate(mmap.PAGESIZE)
+    with (
+        CheckpointWriter(tmp_path / "out", [("w", "U8", (len(mapped),))]) as writer,
+        pytest.raises(MapError, match="cannot write tensor `w`: the file that it comes from has become shorter"),
+    ):
+        writer.write("w", mapped)

@@ -92,11 +92,13 @@ def test_a_whole_model_is_read(folders: Mapping[str, Path], kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["raw", "fp8"])
-def test_values_are_cast_to_the_models_dtype(folders: Mapping[str, Path], kind: str) -> None:
+def test_values_are_decoded_in_the_models_dtype_or_cast_to_it(folders: Mapping[str, Path], kind: str) -> None:
+    """What is decoded is rounded once."""
     for dtype in (torch.float32, torch.float16):
         model = fresh(dtype)
         load(model, MapStorageReader(folders[kind], map_()))
-        for name, tensor in native(kind).items():
+        expected = map_().adapter(CONFIG).read(stored(kind), dtype=dtype)
+        for name, tensor in expected.items():
             assert torch.equal(model[name].nan_to_num(), tensor.to(dtype).nan_to_num()), name
 
 
@@ -161,12 +163,12 @@ def test_the_bytes_of_a_shard(folders: Mapping[str, Path]) -> None:
 
 
 def test_what_the_map_states_is_read(tmp_path: Path) -> None:
-    """Constants and what the map computes come from no file."""
-    text = "param d\nw <-> w [d]\n_ <-> inv [d] = inv_freq(100, d)\n_ <-> half [2 d] = 0.5\n"
+    """Constants and what the map computes come from no file; numbers are rounded to the model's dtype alone."""
+    text = "param d\nw <-> w [d]\n_ <-> inv [d] = inv_freq(100, d)\n_ <-> tenth [2 d] = 0.1\n"
     found = map_of(text)
     state = {"w": torch.arange(8.0)}
     save_file(state, str(tmp_path / "model.safetensors"))
-    expected = found.adapter({"d": 8}).read(state)
+    expected = found.adapter({"d": 8}).read(state, dtype=torch.float32)
     model = {name: torch.full_like(tensor, 7, dtype=torch.float32) for name, tensor in expected.items()}
     load(model, MapStorageReader(tmp_path, found, {"d": 8}))
     for name, tensor in expected.items():
@@ -227,6 +229,10 @@ def test_what_a_reader_is_given_wrong(folders: Mapping[str, Path], tmp_path: Pat
     scale = "embed.weight_scale_inv"
     state = {name: tensor for name, tensor in stored("fp8").items() if name != scale}
     save_file(state, str(scaleless / "model.safetensors"))
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    expert = "layers.1.experts.0.w2.weight"
+    save_file({**stored("raw"), expert: stored("raw")[expert].float()}, str(mixed / "model.safetensors"))
     wrong: list[tuple[str, str, Any]] = [
         ("N115", "`L`", lambda: MapStorageReader(bare, map_())),
         ("N115", "`D`", lambda: MapStorageReader(bare, map_(), {"L": 2})),
@@ -238,6 +244,7 @@ def test_what_a_reader_is_given_wrong(folders: Mapping[str, Path], tmp_path: Pat
         ("R603", "layers.1.", lambda: MapStorageReader(bare, map_(), CONFIG | {"L": 1})),
         ("R606", "expected 13", lambda: MapStorageReader(bare, map_(), CONFIG | {"D": 13})),
         ("R605", scale, lambda: MapStorageReader(scaleless, map_(), CONFIG)),
+        ("R606", "float32", lambda: MapStorageReader(mixed, map_(), CONFIG)),
     ]
     for code, what, make in wrong:
         with pytest.raises((CheckpointException, MapError, ConversionError)) as caught:
@@ -293,6 +300,30 @@ def test_other_files_are_carried_over(folders: Mapping[str, Path], tmp_path: Pat
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("quantization", [False, True])
+def test_a_format_that_is_another_layout_is_written_where_it_is_asked_for(tmp_path: Path, quantization: bool) -> None:
+    """A map has a param for it, as that of gpt-oss, and whoever gives it decides."""
+    text = "param packed = packed ?? true\nindex e < 2\n"
+    text += 'codec fp4 = block_scaled(f4e2m1, block=1x32, scale="{key}_scale")\n'
+    text += "w [e f d] as fp4 <-> m [e d f] where packed\nw [e d f] <-> m [e d f] where not packed\n"
+    found = map_of(text)
+    whole = {"m": torch.randn(2, 64, 8, dtype=torch.bfloat16)}
+    for name, params in (("asked", {}), ("given", {"packed": not quantization})):
+        save(whole, MapStorageWriter(tmp_path / name, found, quantization=quantization, **params))
+        is_packed = params.get("packed", quantization)
+        expected = found.adapter(packed=is_packed).to_hf(whole, quantization=quantization)
+        assert set(expected) == ({"w", "w_scale"} if is_packed else {"w"})
+        assert_same(dict(LazyState(open_checkpoint(tmp_path / name))), expected, name)
+
+
+def test_what_has_no_values_is_not_written(tmp_path: Path) -> None:
+    name = "model.layers.0.norm.weight"
+    with pytest.raises(CheckpointException) as caught:
+        save(native("raw") | {name: native("raw")[name].to("meta")}, MapStorageWriter(tmp_path / "out", map_(), CONFIG))
+    assert "error[C504]" in str(cause(caught)) and f"{name} is a meta tensor" in str(cause(caught))
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     """Nothing is left where the files would be, and what is there stays as it is."""
     whole = dict(native("raw"))
@@ -308,6 +339,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         ("R606", "model.layers.0.norm.weight", "out", whole | {"model.layers.0.norm.weight": torch.zeros(5)}, CONFIG),
         ("N115", "`L`", "out", whole, None),
         ("C505", "config.json", "out", whole, tmp_path / "config.json"),
+        ("C505", "dtype", "out", whole, CONFIG | {"torch_dtype": torch.bfloat16}),
     ]
     for code, what, where, state, config in wrong:
         with pytest.raises((CheckpointException, ConversionError)) as caught:

@@ -317,6 +317,7 @@ class _Worker:
         for unit, left in list(self._open.items()):
             left.sources = {name for name in left.sources if name not in self.window.asked}
             if not left.outputs and not left.sources:
+                self.window.check_all_whole(self.run.members[unit][0])  # else no later run would make it again
                 del self._open[unit]
                 left.progress.finish()
                 edited = self._adapter.complement.edited

@@ -51,7 +51,7 @@ def copy_range(source: Path, offset: int, target: Path, place: int, size: int) -
         while size:
             count = os.copy_file_range(outof, into, size, offset, place)
             if not count:
-                raise OSError(errno.EIO, f"{source.name} has become shorter")
+                raise OSError(errno.EIO, f"{source.name} has become shorter", str(source))
             offset, place, size = offset + count, place + count, size - count
     except OSError as problem:
         if problem.errno in _CANNOT_COPY:
@@ -66,7 +66,12 @@ def copy_range(source: Path, offset: int, target: Path, place: int, size: int) -
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
     """Write bytes from an offset on, in as many calls as that takes."""
     while data:
-        count = os.pwrite(descriptor, data, offset)
+        try:
+            count = os.pwrite(descriptor, data, offset)
+        except OSError as problem:
+            if problem.errno == errno.EFAULT:  # mapped memory that has lost its file; to look at it ends the process
+                raise OSError(errno.EIO, "the file that it comes from has become shorter") from problem
+            raise
         data, offset = data[count:], offset + count
 
 

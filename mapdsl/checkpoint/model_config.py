@@ -51,7 +51,7 @@ def written_config(plan: Plan) -> ModelConfig | None:
 def _of_right(plan: Plan, text: str) -> ModelConfig:
     """Without the field, if the map decodes what is quantised, all of it."""
     decoded = _quantised(plan, set(plan.formats.values()))
-    still = [name for name, dtype, shape in plan.entries if _looks_quantised(dtype, shape)]
+    still = [name for name, dtype, shape in plan.entries if looks_quantised(dtype, shape)]
     if not decoded or still or _writes_quantised(plan):
         lacks = ""
         if decoded and without_members(text, FIELD)[1]:
@@ -105,7 +105,8 @@ def _writes_quantised(plan: Plan) -> bool:
     return any(_is_quantising(codec) for tensor in tensors for codec in tensor.codecs)
 
 
-def _looks_quantised(dtype: str, shape: Any) -> bool:
+def looks_quantised(dtype: str, shape: Any) -> bool:
+    """Whether a stored tensor has codes in it, by its header: one that is a vector is taken for something else."""
     narrow = dtype.startswith(("F8", "F6", "F4")) or dtype in _PACKED
     return narrow and len(shape) > 1
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Protocol
 
+from mapdsl.checkpoint.processes import has_ended, node_name, process_name
 from mapdsl.language.diagnostics import MapError, error
 
 BEAT_SECONDS = 1.0
@@ -28,6 +27,7 @@ LOST_SECONDS = 300.0
 _JOIN = timedelta(minutes=10)  # for all ranks to start
 _LEAVING_SECONDS = 10.0  # for all ranks to stop, or to hear that all is done
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_KILLED = "it was killed, for want of memory perhaps, or a file that it read was cut meanwhile (a bus error)"
 _RESUME = "what is done is kept: the same command with --resume goes on, with any number of ranks"
 
 
@@ -111,14 +111,6 @@ def join_ranks(environment: Mapping[str, str] | None = None) -> Ranks | None:
     return Ranks(PrefixStore("mapdsl", store), rank, count)
 
 
-def node_name() -> str:
-    """This machine's name, and when it was started, since names are not always unique."""
-    boot = ""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{socket.gethostname()} {boot}"
-
-
 class Ranks:
     """This process among those that convert one checkpoint: rank `rank` of `count`.
 
@@ -134,7 +126,7 @@ class Ranks:
         """On the first rank, told of the bytes that the others have written since."""
         self._store = store
         self._problem: Exception | None = None
-        self._bytes = 0
+        self._bytes, self._name = 0, process_name()
         self._lock = threading.Lock()
         self._beats: dict[int, tuple[str, float]] = {}  # what each said last, and when it was new
         self._heard: dict[int, int] = {}
@@ -242,9 +234,8 @@ class Ranks:
     def _say_goodbye(self) -> None:
         """The first rank may host the store: it goes last."""
         with contextlib.suppress(RuntimeError):  # all is done: who is gone already needs no farewell
-            if self.rank:
-                self._store.set(f"left/{self.rank}", "")
-            else:
+            self._store.set(f"left/{self.rank}", "")
+            if not self.rank:
                 self._wait_a_while(self._have_left)
 
     def _have_left(self) -> bool:
@@ -271,12 +262,12 @@ class Ranks:
         while not self._ended.is_set():
             number += 1
             try:
-                self._store.set(f"beat/{self.rank}", f"{number} {self._bytes}")
+                self._store.set(f"beat/{self.rank}", f"{number} {self._bytes} {self._name}")
                 if self._store.check(["failed"]):
                     self._stop(OtherRankError(may_go_on=bool(self._store.get("failed"))))
                     return
                 self._listen()
-            except RuntimeError as problem:
+            except Exception as problem:  # whatever it is: who waits asks nobody but this thread whether all is well
                 self._stop(self._unreachable(problem))
                 return
             self._ended.wait(BEAT_SECONDS)
@@ -285,15 +276,20 @@ class Ranks:
         """The first rank hears of all others, these hear of the first."""
         now = time.monotonic()
         for rank in range(1, self.count) if not self.rank else (0,):
-            said = self._store.get(f"beat/{rank}").decode() if self._store.check([f"beat/{rank}"]) else "0 0"
+            said = self._store.get(f"beat/{rank}").decode() if self._store.check([f"beat/{rank}"]) else "0 0 "
             last, since = self._beats.get(rank, ("", now))
             if said != last:
                 self._beats[rank] = (said, now)
                 self._hear(rank, int(said.split()[1]))
+            elif has_ended(said.split(" ", 2)[2]) and not self._store.check([f"left/{rank}"]):
+                self._store.set(f"left/{rank}", "")  # nobody need wait for it
+                self._lose(rank, f"the process of rank {rank} has ended, and did not say why", f"{_KILLED}\n{_RESUME}")
             elif now - since > LOST_SECONDS:
-                self.fail()
-                self._stop(_lost(rank, f"rank {rank} was not heard of for {LOST_SECONDS:.0f} seconds"))
-                return
+                self._lose(rank, f"rank {rank} was not heard of for {LOST_SECONDS:.0f} seconds", _RESUME)
+
+    def _lose(self, rank: int, message: str, advice: str) -> None:
+        self.fail()
+        self._stop(_lost(rank, message, advice))
 
     @contextlib.contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -310,14 +306,14 @@ class Ranks:
                 self.heard(count)
 
     def _stop(self, problem: Exception) -> None:
-        self._problem = problem
+        self._problem = self._problem or problem  # the first one tells why; that all are to stop comes of it
         self.stop.set()
 
     def _unreachable(self, problem: Exception) -> MapError:
         return _lost(self.rank, f"rank {self.rank} has lost the others: {(str(problem).splitlines() or [''])[0]}")
 
 
-def _lost(rank: int, message: str) -> MapError:
-    problem = error("C507", message, subject=f"rank {rank}", help=_RESUME)
+def _lost(rank: int, message: str, advice: str = _RESUME) -> MapError:
+    problem = error("C507", message, subject=f"rank {rank}", help=advice)
     problem.__cause__ = ConnectionError(message)  # no error of the data: see `may_go_on`
     return problem

@@ -70,6 +70,12 @@ class ShareReader:
         for source in (*made.sources, *made.replicas):
             self.states[source.rank].release(source.name)
 
+    def check_whole(self, name: str) -> None:
+        """See `LazyState.check_whole`."""
+        made = self.shares.made[name]
+        for source in (*made.sources, *made.replicas):
+            self.states[source.rank].check_whole(source.name)
+
     def range_of(self, tensor: Tensor) -> tuple[Path, int] | None:
         """See `LazyState.range_of`."""
         found = (state.range_of(tensor) for state in self.states)

@@ -97,6 +97,14 @@ class LazyState(Mapping[str, torch.Tensor]):
         begin = stored.begin // mmap.PAGESIZE * mmap.PAGESIZE  # neighbours on shared pages are read again, too
         pages.madvise(mmap.MADV_DONTNEED, begin, stored.end - begin)
 
+    def check_whole(self, name: str) -> None:
+        """C507 where the file of a tensor that was handed out has been cut since: the end of its last page is zeros."""
+        stored = self.checkpoint.tensors[name]
+        if self._shares is not None:
+            self._shares.check_whole(name)
+        elif stored.file in self._pages:
+            _check_end(stored, self._pages[stored.file].size())
+
     def range_of(self, tensor: torch.Tensor) -> tuple[Path, int] | None:
         """The file and the first byte there of a tensor that is, as it lies in memory, a run of a file's bytes."""
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():

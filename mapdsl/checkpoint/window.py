@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -33,6 +33,11 @@ class Window(LazyState):
         """Let go of the pages of the last ones too: of a tensor larger than memory, of which a part has been used."""
         for name in self._recent:
             self.release(name)
+
+    def check_all_whole(self, names: Iterable[str]) -> None:
+        """See `check_whole`."""
+        for name in names:
+            self.check_whole(name)
 
     def meta(self) -> Window:
         """The same names with meta tensors, noted by themselves."""

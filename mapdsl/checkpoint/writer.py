@@ -379,8 +379,10 @@ class CheckpointWriter:
             yield
         except OSError as problem:
             message = f"cannot {task}: {reason(problem)}"
-            at_fault = source if source is not None and problem.filename == str(source) else self.destination
-            advice = "nothing is left of it; free space, or choose another destination"
+            is_of_source = source is not None and problem.filename == str(source)
+            at_fault = source if source is not None and is_of_source else self.destination
+            remedy = "look at that file" if is_of_source else "free space, or choose another destination"
+            advice = f"nothing is left of what was written; {remedy}"
             if self._journal is not None and self._journal.worth_keeping:
                 advice = self._journal.advice
                 self.leave()

@@ -27,6 +27,7 @@ from mapdsl.checkpoint.dtypes import dtype_name
 from mapdsl.checkpoint.files import bad_file
 from mapdsl.checkpoint.layout import MAX_SHARD_BYTES, Entry, FileLayout, places_in, plan_layout
 from mapdsl.checkpoint.writer import CheckpointWriter
+from mapdsl.frameworks.dcp_files import config_of, config_text, others_of
 from mapdsl.frameworks.layouts import Block
 from mapdsl.frameworks.live import MissingTensorsError, check_piece, dtype_of, stated
 from mapdsl.frameworks.moves import piece
@@ -34,7 +35,7 @@ from mapdsl.frameworks.stored import encoded
 from mapdsl.map import Map, load
 from mapdsl.runtime.adapter import Adapter
 from mapdsl.runtime.complement import Raw
-from mapdsl.runtime.errors import some_of
+from mapdsl.runtime.errors import ConversionError, some_of
 from mapdsl.runtime.fitting import same_bytes
 from mapdsl.runtime.links import Box, Link, Ranges, boxes_of
 from mapdsl.runtime.part_shares import held_parts
@@ -61,10 +62,11 @@ class MapStorageWriter(StorageWriter):
     """Writes the right side of a map as a checkpoint of its left side, in safetensors files.
 
     All ranks write to one folder, so they have to see the same file system. `map` is a `Map`, a file or the name of a
-    shipped one; `config` a mapping or the path of a config.json, which is written along; `params` are params of the map
-    by name. `like` is a checkpoint whose other files are carried over, and whose config is taken where none is given.
-    With `quantization` tensors are stored in the map's first format, otherwise as they are; a format of blocks wants
-    the model's shards to end where blocks end.
+    shipped one; `config` a mapping, a config of transformers, or the path of a config.json or of its folder, which is
+    written along; `params` are params of the map by name. `like` is a checkpoint whose other files are carried over,
+    and whose config is taken where none is given. Where nothing is stored quantised `quantization_config` is left out.
+    With `quantization` tensors are stored in the map's first format, otherwise as they are, which a param `packed` of
+    the map follows; a format of blocks wants the model's shards to end where blocks end.
 
     Everything is written in a hidden folder beside `path`, which takes its name at the end; what failed half way is
     left there. Raises, wrapped by torch in a CheckpointException: MapError where the destination exists or cannot be
@@ -86,9 +88,12 @@ class MapStorageWriter(StorageWriter):
         super().__init__()
         self.map = map if isinstance(map, Map) else load(map)
         self.like = None if like is None else open_checkpoint(like)
-        given = config if config is not None or self.like is None else self.like.config
-        self.adapter = self.map.adapter(given, **params)
-        self.config = given
+        if config is None and self.like is not None and self.like.config is not None:
+            config = self.like.config_path
+        if "packed" in self.map.checked.map.params:  # a quantised tensor has another layout there
+            params.setdefault("packed", quantization)
+        self.adapter = self.map.adapter(config, **params)
+        self.config = config_text(config)
         self.quantization, self.max_shard_bytes, self.threads = quantization, max_shard_bytes, threads
         self.reset(path)
 
@@ -97,6 +102,7 @@ class MapStorageWriter(StorageWriter):
         if checkpoint_id is not None:
             self.path = Path(checkpoint_id)
         self._files: CheckpointWriter | None = None
+        self._config: str | None = None
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -123,6 +129,7 @@ class MapStorageWriter(StorageWriter):
             outline[item.index.fqn] = tuple(item.tensor_data.size), item.tensor_data.properties.dtype
         saving = _Saving(self.adapter, outline, quantization=self.quantization)
         layout = plan_layout(saving.entries, max_shard_bytes=self.max_shard_bytes)
+        self._config = None if self.config is None else config_of(self.config, saving.entries)
         self._files = CheckpointWriter(self.path, layout=layout)
         for name, tensor in saving.constants.items():
             self._files.write(name, tensor)
@@ -156,12 +163,10 @@ class MapStorageWriter(StorageWriter):
         """Add what is not tensors, and give the folder its name."""
         assert self._files is not None, "the coordinator has made the files"
         self._files.take_over(self._files.missing)
-        if isinstance(self.config, Mapping):
-            self._files.write_json("config.json", dict(self.config))
-        elif isinstance(self.config, (str, os.PathLike)):
-            self._files.write_bytes("config.json", Path(self.config).read_bytes())
+        if self._config is not None:
+            self._files.write_bytes("config.json", self._config.encode("utf-8"))
         if self.like is not None:
-            self._files.carry_over(self.like)
+            self._files.carry_over(self.like, others_of(self.like))
         self._files.commit()
 
 
@@ -210,15 +215,17 @@ class _Saving:
         return dtype_of(self.trace, target, self.adapter.complement.entries)
 
     def check(self, pieces: Pieces) -> None:
-        """Hold what is not stored against what the map states of it; R601 names what differs.
+        """Hold what is not stored against what the map states of it; R601 names what differs, C504 what has no values.
 
         A tie is looked at where a rank has the same box of both.
         """
         for (name, box), tensor in pieces.items():
+            if tensor.is_meta:
+                raise ConversionError("C504", f"{name} is a meta tensor: it has no values to be saved")
             if name in self.trace.sources:
                 check_piece(self.trace, self.trace.sources[name], tensor, [Block.alone(box)])
             twin = pieces.get((self.trace.ties.get(name, ""), box))
-            if twin is not None and twin.dtype == tensor.dtype and not tensor.is_meta:
+            if twin is not None and twin.dtype == tensor.dtype:
                 same_bytes(name, tensor, twin, self.trace.ties[name])
 
     def write(self, files: BoxWriter, name: str, box: Box, tensor: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -44,6 +45,34 @@ def torchrun(count: int, *arguments: str, program: Path | None = None, **environ
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *what]
     known = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=known, timeout=120)
+
+
+def launched(count: int, *arguments: str, program: Path, **environment: str) -> list[Any]:
+    """The same by a launcher that looks after nothing: what each rank printed, and its exit status."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    known = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), **place}
+    command = [sys.executable, str(program), *arguments]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**known, "RANK": str(rank), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    try:
+        printed = [rank.communicate(timeout=60) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    return [
+        subprocess.CompletedProcess(command, rank.returncode, *told) for rank, told in zip(ranks, printed, strict=True)
+    ]
 
 
 def together(count: int, work: Callable[[Ranks], Any]) -> list[Any]:
