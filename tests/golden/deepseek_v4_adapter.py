@@ -1,6 +1,6 @@
 """Adapter of deepseek_v4: hf <-> native.
 
-Generated from deepseek_v4.map (sha256 22af3ba2c8d66825).
+Generated from deepseek_v4.map (sha256 9aac3a34cb814d2d).
 Do not edit: change the map and run `mapdsl compile`.
 """
 
