@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mapdsl.frameworks.automodel import AutomodelAdapter
@@ -200,11 +202,17 @@ def test_what_is_given_is_not_changed(load: bool) -> None:
 
 
 def test_peft_names_have_their_prefix() -> None:
-    lora = {"model.layers.0.norm.lora_A.weight": torch.ones(2), "model.embed.lora_embedding_A": torch.ones(3)}
+    words = (
+        "layers.0.norm.lora_A.weight",
+        "layers.0.norm.lora_B.weight",
+        "embed.lora_embedding_A",
+        "embed.lora_embedding_B",
+    )
+    lora = {f"model.{word}": torch.ones(2) for word in words}
     given = {f"base_model.model.{name}": tensor for name, tensor in lora.items()}
     converter = adapter()
     made = converter.to_hf(given)
-    assert set(made) == {"base_model.model.layers.0.norm.lora_A.weight", "base_model.model.embed.lora_embedding_A"}
+    assert set(made) == {f"base_model.model.{word}" for word in words}
     assert converter.get_hf_state_dict_keys(given) == list(made)
     back = converter.from_hf(made)
     assert_same({name: back[name] for name in given}, given, "and back")
@@ -316,3 +324,65 @@ def test_stated_dtypes_are_told() -> None:
     assert made["f"].dtype == torch.float32
     assert converter.forced_hf_dtype_mapping(made) == {"f": "F32", "g": "BF16"}
     assert converter.forced_hf_dtype_mapping({"f": made["f"].half(), "other": made["f"]}) == {}
+
+
+def test_a_config_of_fewer_layers_finds_its_formats(tmp_path: Path) -> None:
+    """A model is cut to a layer or two for a test: the checkpoint in the folder has more of them."""
+    save_file(stored("fp8"), str(tmp_path / "model.safetensors"))
+
+    class Toy(AutomodelAdapter):
+        ADAPTER: ClassVar = type(map_().adapter(CONFIG))
+
+    config = SimpleNamespace(**{**CONFIG, "L": 1}, _name_or_path=str(tmp_path))
+    model = {name: tensor for name, tensor in native("fp8").items() if ".layers.1." not in name}
+    asked = Toy(config).to_hf(model, quantization=True, for_checkpoint_load=True)
+    assert forms_of(asked) == forms_of({n: t for n, t in stored("fp8").items() if not n.startswith("layers.1.")})
+
+
+# --- what people get wrong ---
+
+
+def test_zeros_of_the_model_are_not_left_as_they_were() -> None:
+    """What no stored tensor fills is zeros, whatever a model's memory has: such a tensor is not loaded in place."""
+
+    class Toy(AutomodelAdapter):
+        ADAPTER: ClassVar = map_of("a [d] <-> m [(d + zeros(3))]\nb [d] <-> n [d 1]\n").adapter_class
+
+    converter, model = Toy({}), {"m": torch.full((5,), 7.0), "n": torch.full((2, 1), 7.0)}
+    asked = converter.to_hf(model, for_checkpoint_load=True)
+    made = converter.from_hf(filled(asked, {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}))
+    assert converter.view_loaded_native_keys == {"n"} and set(made) == {"m"}
+    assert_same(made, {"m": torch.tensor([1.0, 2.0, 0.0, 0.0, 0.0])}, "read")
+
+
+@pytest.mark.parametrize("load", [False, True])
+def test_what_is_made_of_parameters_is_out_of_their_graph(load: bool) -> None:
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in model().items()}
+    made = adapter().to_hf(parameters, for_checkpoint_load=load)
+    assert not any(tensor.requires_grad for tensor in made.values())
+    if load:
+        assert memory(made) & memory(parameters)
+    else:
+        assert_same(made, stored("raw"), "saved")
+
+
+@pytest.mark.parametrize(("gone", "left"), [("lora_A", "lora_B"), ("lora_B", "lora_A")])
+def test_half_of_a_low_rank_adapter_is_refused(gone: str, left: str) -> None:
+    stem = "base_model.model.layers.0.o"
+    state = {f"{stem}.{left}.weight": torch.ones(2, 3)}
+    with pytest.raises(MissingTensorsError, match=rf"{stem}\.{gone}\.weight is missing, {stem}\.{left}\.weight"):
+        adapter().from_hf(state)
+    with pytest.raises(MissingTensorsError, match="lora_embedding_B is missing"):
+        adapter().from_hf({"layers.0.o.lora_embedding_A": torch.ones(2)})
+
+
+def test_names_of_another_spelling_are_told_with_what_is_missing() -> None:
+    wrong = {f"model.{name}": tensor for name, tensor in stored("raw").items()}
+    with pytest.raises(MissingTensorsError, match=r"tensors are missing: .*; no rule reads model\.embed\.weight"):
+        adapter().from_hf(wrong)
+
+
+def test_meta_tensors_among_others_are_named() -> None:
+    mixed = stored("raw") | {"head.weight": stored("raw")["head.weight"].to("meta")}
+    with pytest.raises(ConversionError, match=r"C504.*they have no values: head\.weight"):
+        adapter().from_hf(mixed)

@@ -56,6 +56,13 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_a_line_for_an_output_is_standard_output(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "good.map"]) == 0
+    expected = capsys.readouterr().out
+    assert main(["compile", "good.map", "-o", "-"]) == 0
+    assert capsys.readouterr().out == expected and not (good / "-").exists()
+
+
 def test_no_command_module_is_forgotten() -> None:
     modules = {p.stem for p in (ROOT / "mapdsl" / "cli").glob("*.py") if "def add_parser" in p.read_text()}
     assert modules == set(COMMANDS)
@@ -89,6 +96,7 @@ BAD_USAGE = [
     ["compile"],
     ["compile", "good.map", "-o", "good.map"],
     ["compile", "good.map", "-o", "a.py", "--tests", "a.py"],
+    ["compile", "megatron/gpt", "--target", "automodel"],
     ["explain"],
     ["explain", "K999"],
     ["explain", MEGABYTE],

@@ -352,3 +352,13 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         MapStorageWriter(tmp_path / "out", "nobodys_map", CONFIG)
     with pytest.raises(MapError, match="no such file or folder"):
         MapStorageWriter(tmp_path / "out", map_(), like=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("word", ["threads", "max_shard_bytes"])
+def test_numbers_that_are_none_are_refused_at_once(tmp_path: Path, word: str) -> None:
+    with pytest.raises(ValueError, match=f"{word} is 1 or more, not 0"):
+        MapStorageWriter(tmp_path / "out", map_(), CONFIG, **{word: 0})
+    if word == "threads":
+        with pytest.raises(ValueError, match="threads is 1 or more, not -1"):
+            MapStorageReader(tmp_path, map_(), CONFIG, threads=-1)
+    assert not list(tmp_path.iterdir())

@@ -18,7 +18,9 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", help=FILE_HELP)
-    parser.add_argument("-o", "--output", metavar="OUT.py", help="where to write the module")
+    parser.add_argument(
+        "-o", "--output", metavar="OUT.py", help="where to write the module (default: standard output, as with -)"
+    )
     parser.add_argument("--standalone", action="store_true", help="a module that needs torch alone, not mapdsl")
     target = "a module with a class for that framework, too: see docs/automodel.md"
     parser.add_argument("--target", choices=("automodel",), help=target)
@@ -29,6 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Compile everything that is asked for, then write it."""
     from mapdsl.map import load
 
+    if arguments.output == "-":
+        arguments.output = None
     outputs = [path for path in (arguments.output, arguments.tests) if path is not None]
     loaded = load(arguments.file)
     _refuse_same([loaded.source.path, *outputs])
@@ -36,6 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.standalone and arguments.target is not None:
         raise UsageError(f"--target {arguments.target} is a module that needs mapdsl, not --standalone")
     if arguments.target == "automodel":
+        if checked.map.right == "hf":
+            sides = f"{checked.map.left} <-> hf"
+            raise UsageError(f"--target automodel: the model's side is the right one of a map, this one's is {sides}")
         from mapdsl.emit.automodel import automodel_source
 
         module = automodel_source(checked)

@@ -19,23 +19,36 @@ from mapdsl.checkpoint.tensors import LazyState
 from mapdsl.frameworks.hub import folder_of
 from mapdsl.frameworks.incoming import Import
 from mapdsl.frameworks.layouts import Layout, expert_layout
-from mapdsl.frameworks.live import Load, MissingTensorsError, refuse_lacking, telling_what_is_missing
-from mapdsl.frameworks.naming import OUTER_PREFIX, Naming, outer_prefix
+from mapdsl.frameworks.live import (
+    EXTRA_STATE,
+    Load,
+    MissingTensorsError,
+    apart,
+    check_readable,
+    refuse_lacking,
+    telling_what_is_missing,
+)
+from mapdsl.frameworks.naming import (
+    LAYOUT,
+    LEGACY_LAYOUT,
+    OUTER_PREFIX,
+    Naming,
+    check_pairs,
+    outer_prefix,
+    telling_of_layouts,
+)
 from mapdsl.frameworks.outgoing import Export
-from mapdsl.frameworks.parts import Part, parts_of
+from mapdsl.frameworks.parts import Part, check_complete, parts_of
 from mapdsl.runtime.adapter import Adapter
 from mapdsl.runtime.codecs.values import Cast
 from mapdsl.runtime.dtensors import is_dtensor
 from mapdsl.runtime.errors import some_of
-from mapdsl.runtime.made_names import lacking, left_names_of
+from mapdsl.runtime.made_names import left_names_of
 from mapdsl.runtime.names import captures
 from mapdsl.runtime.tracing import Target, trace
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-_EXTRA_STATE = "_extra_state"
-_LORA, _LEGACY_LORA = "peft-0.19.1", "peft-0.18"
 
 
 class AutomodelAdapter:
@@ -107,7 +120,7 @@ class AutomodelAdapter:
         del options
         if quantization and for_checkpoint_load and not self._dtypes:
             self._expect_formats_of_config()
-        tensors, others = _apart(state_dict)
+        tensors, others = apart(state_dict)
         prefix, tensors = outer_prefix(tensors)
         plain, low_rank = self._naming.split(tensors)
         load = self._load if for_checkpoint_load else None
@@ -152,14 +165,14 @@ class AutomodelAdapter:
                 name: torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
                 for name, value in state_dict.items()
             }
-            return list(self.to_hf(blank, exclude_key_regex=rf".*{_EXTRA_STATE}.*"))
-        tensors, others = _apart(state_dict)
+            return list(self.to_hf(blank, exclude_key_regex=rf".*{EXTRA_STATE}.*"))
+        tensors, others = apart(state_dict)
         prefix, tensors = outer_prefix(tensors)
         plain, low_rank = self._naming.split(tensors)
         with self._stored_anew(packed=False, is_fused=bool(self._v5_peft_target_parameters)):
             names = list(left_names_of(self.adapter, plain))
         names += low_rank if self._v5_peft_target_parameters else map(self._naming.left, low_rank)
-        return [*(prefix + name for name in names), *(name for name in others if _EXTRA_STATE not in name)]
+        return [*(prefix + name for name in names), *(name for name in others if EXTRA_STATE not in name)]
 
     def _write(self, state: dict[str, Tensor], *, quantization: bool) -> dict[str, Tensor]:
         """The stored tensors of a state that this process has all of."""
@@ -190,14 +203,15 @@ class AutomodelAdapter:
         if reset_view_loaded_keys:
             self._view_loaded = set()
         load, self._load = self._load, Load()
-        tensors, others = _apart(hf_state_dict)
+        tensors, others = apart(hf_state_dict)
+        check_pairs(tensors)
         prefix, tensors = outer_prefix(tensors)
         plain, low_rank = self._naming.split_left(tensors)
         is_part = partial or bool(load.layouts) or bool(prefix) or bool(low_rank)
         hint = {} if self._paramwrapper_layout_hint is None else {"lora_layout": self._paramwrapper_layout_hint}
         out: dict[str, Any]
         known = self.adapter.complement.adding() if is_part else nullcontext()
-        with self._given(**{**load.found, **hint}), telling_what_is_missing(), known:
+        with self._given(**{**load.found, **hint}), telling_what_is_missing(), telling_of_layouts(self.adapter), known:
             if device_mesh is None and not load.layouts and not any(map(is_dtensor, plain.values())):
                 out = self._read(plain, partial=is_part)
                 out |= {self._naming.right(name): tensor for name, tensor in low_rank.items()}
@@ -227,18 +241,15 @@ class AutomodelAdapter:
 
         What decoding loses is not kept beside the model: it is there to be trained.
         """
-        missing = lacking(self.adapter, state, partial=partial)
-        if missing:
-            many = f"{len(missing)} tensors are missing" if len(missing) > 1 else "a tensor is missing"
-            raise MissingTensorsError("R605", f"{many}: {some_of(missing)}")
+        check_readable(self.adapter, state, partial=partial)
         return self.adapter.read(state, dtype=self.dtype, partial=partial, keep=False)
 
     def expect_formats(self, stored: Mapping[str, Tensor]) -> None:
         """Note in which formats a checkpoint has its tensors, so that `to_hf` asks for these.
 
-        Of the tensors names, dtypes and shapes are looked at: those of the files' headers will do, on the meta device.
+        Of the tensors names, dtypes and shapes are looked at, meta tensors will do; there may be more than the model's.
         """
-        trace(self.adapter, self.adapter.LEFT, stored, dtype=self.dtype)
+        trace(self.adapter, self.adapter.LEFT, stored, dtype=self.dtype, others=True)
         self._dtypes = {name: tensor.dtype for name, tensor in stored.items()}
 
     def _expect_formats_of_config(self) -> None:
@@ -262,16 +273,16 @@ class AutomodelAdapter:
         """
         del device_mesh
         is_job = torch.distributed.is_available() and torch.distributed.is_initialized()
-        tensors, others = _apart(model_state_dict)
         if self.LOAD_PART is None or (is_job and torch.distributed.get_world_size() > 1):
             return None
+        tensors, others = apart(model_state_dict)
         if not self._dtypes:
             self._expect_formats_of_config()
         with self._stored_anew(packed=True):
             found = trace(self.adapter, self.adapter.RIGHT, tensors, partial=True)
         refuse_lacking(found.lacking)
         if self._dtypes:
-            refuse_lacking(name for name in found.stored_names() if name not in self._dtypes)
+            check_complete(found, self._dtypes)
         self._view_loaded = set()
         parts = parts_of(found, tensors)
         return (
@@ -350,7 +361,7 @@ class AutomodelAdapter:
         self, *, packed: bool, is_fused: bool = False, is_legacy: bool = False
     ) -> AbstractContextManager[None]:
         """Layouts are as asked, not as they were read: what Automodel writes beside LoRA speaks of gates and ups."""
-        layout = _LEGACY_LORA if is_legacy else _LORA
+        layout = LEGACY_LAYOUT if is_legacy else LAYOUT
         return self._given(packed=packed, lora_fused=is_fused, lora_layout=layout, lora_gate=True, lora_up=True)
 
     @contextmanager
@@ -384,16 +395,6 @@ class AutomodelAdapter:
     def _grouped_is_model_memory(self) -> bool:
         experts, dispatcher = (getattr(self.backend, field, None) for field in ("experts", "dispatcher"))
         return experts != "te" and dispatcher != "mok"
-
-
-def _apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors that a map speaks of, and what modules keep besides."""
-    tensors = {name: value for name, value in state.items() if _is_tensor(name, value)}
-    return tensors, {name: value for name, value in state.items() if name not in tensors}
-
-
-def _is_tensor(name: str, value: Any) -> bool:
-    return isinstance(value, Tensor) and not name.endswith(_EXTRA_STATE)
 
 
 __all__ = ["AutomodelAdapter"]

@@ -66,6 +66,8 @@ class MapStorageReader(StorageReader):
         **params: Any,
     ) -> None:
         super().__init__()
+        if threads < 1:
+            raise ValueError(f"threads is 1 or more, not {threads}")
         self.map = map if isinstance(map, Map) else load(map)
         self.config, self.params = config, params
         self.threads = threads

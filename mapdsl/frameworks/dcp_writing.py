@@ -86,6 +86,9 @@ class MapStorageWriter(StorageWriter):
         **params: Any,
     ) -> None:
         super().__init__()
+        for word, value in (("threads", threads), ("max_shard_bytes", max_shard_bytes)):
+            if value < 1:
+                raise ValueError(f"{word} is 1 or more, not {value}")
         self.map = map if isinstance(map, Map) else load(map)
         self.like = None if like is None else open_checkpoint(like)
         if config is None and self.like is not None and self.like.config is not None:

@@ -54,7 +54,7 @@ class Import:
         out: dict[str, Tensor] = {}
         filled: set[str] = set()
         for target in self.trace.targets.values():
-            if is_filled(target.name):
+            if is_filled(target.name) and not target.has_zeros:  # these have not been written
                 filled.add(target.name)
             else:
                 out[target.name] = self._made(target)

@@ -9,20 +9,38 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mapdsl.frameworks.layouts import Block, Layout, local_of, slices
 from mapdsl.frameworks.moves import seen
+from mapdsl.runtime.adapter import Adapter
 from mapdsl.runtime.complement import Raw
 from mapdsl.runtime.dtensors import as_bytes, is_dtensor
 from mapdsl.runtime.errors import ConversionError, some_of
 from mapdsl.runtime.fitting import only_zeros, same_bytes
 from mapdsl.runtime.links import Link, joined_axes, whole_region
-from mapdsl.runtime.tracing import Source, Target, Trace
+from mapdsl.runtime.made_names import lacking
+from mapdsl.runtime.tracing import Source, Target, Trace, trace
 
 State = Mapping[str, Tensor]
+
+
+EXTRA_STATE = "_extra_state"
+
+
+def apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors that a map speaks of, out of any graph, and what modules keep besides."""
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, Any] = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or name.endswith(EXTRA_STATE):
+            others[name] = value
+        else:
+            tensors[name] = value.detach() if value.requires_grad else value
+    return tensors, others
 
 
 class MissingTensorsError(ConversionError, RuntimeError):
@@ -45,6 +63,29 @@ def refuse_lacking(lacking: Iterable[str]) -> None:
     missing = list(lacking)
     if missing:
         raise MissingTensorsError("R605", f"stored tensors are made of others with them, missing: {some_of(missing)}")
+
+
+def check_readable(adapter: Adapter, state: State, *, partial: bool) -> None:
+    """Hold a checkpoint's names against those that reading needs; as of `Adapter.read`, with `partial` a part of them.
+
+    Raises MissingTensorsError for tensors that are missing, telling of others that no rule reads: they may be the same
+    under other names. C504 where some tensors have values and others are meta tensors: no conversion is of both.
+    """
+    missing = lacking(adapter, state, partial=partial)
+    if missing:
+        many = f"{len(missing)} tensors are missing" if len(missing) > 1 else "a tensor is missing"
+        raise MissingTensorsError("R605", f"{many}: {some_of(missing)}{_unread(adapter, state)}")
+    blank = [name for name, tensor in state.items() if tensor.is_meta]
+    if 0 < len(blank) < len(state):
+        raise ConversionError("C504", f"meta tensors among others, they have no values: {some_of(blank)}")
+
+
+def _unread(adapter: Adapter, state: State) -> str:
+    try:
+        trace(adapter, adapter.LEFT, state, partial=True)
+    except ConversionError as problem:
+        return f"; {problem.message}" if problem.code == "R603" else ""
+    return ""
 
 
 @dataclass
@@ -157,10 +198,13 @@ def _check_value(name: str, local: Tensor, blocks: Sequence[Block], value: float
 
 
 __all__ = [
+    "EXTRA_STATE",
     "Load",
     "MissingTensorsError",
     "State",
+    "apart",
     "check_piece",
+    "check_readable",
     "check_stated",
     "dtype_of",
     "refuse_lacking",

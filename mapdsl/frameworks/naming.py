@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from mapdsl.frameworks.live import MissingTensorsError
 from mapdsl.runtime.adapter import Adapter
 from mapdsl.runtime.codecs.values import Cast
 from mapdsl.runtime.complement import Alternatives, Raw
@@ -27,6 +29,10 @@ from mapdsl.runtime.tracing import Target, Trace, trace
 OUTER_PREFIX = "base_model.model."
 """What PEFT puts before the names of the model that it wraps."""
 
+LAYOUT, LEGACY_LAYOUT = "peft-0.19.1", "peft-0.18"
+"""How PEFT lays out adapters of fused parameters: since 0.19.1, and before."""
+
+_HALF = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.|$)")
 _LOW_RANK = re.compile(r"(?P<stem>.+)(?P<rest>\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(?:\.\w+)*)")
 _EXPERT = re.compile(r"(?P<stem>.+)\.(?P<expert>0|[1-9]\d*)\.(?P<projection>gate|up|down)_proj")
 
@@ -149,6 +155,29 @@ class Naming:
         return found
 
 
+def check_pairs(stored: Mapping[str, Tensor]) -> None:
+    """Raise MissingTensorsError for an A or a B of low-rank adapters whose other half is not there."""
+    for name in stored:
+        half = _HALF.search(name) if "lora_" in name else None
+        if half is not None:
+            other = name[: half.start(1)] + ("B" if half[1] == "A" else "A") + name[half.end(1) :]
+            if other not in stored:
+                raise MissingTensorsError("R605", f"{other} is missing, {name} is there")
+
+
+@contextmanager
+def telling_of_layouts(adapter: Adapter) -> Iterator[None]:
+    """Where an adapter of fused parameters does not fit, it may be in the other layout that PEFT has had."""
+    try:
+        yield
+    except ConversionError as problem:
+        layout = getattr(adapter, "lora_layout", None)
+        if problem.code != "R606" or ".lora_" not in problem.message or layout is None:
+            raise
+        advice = f"read as lora_layout={layout!r}; {LEGACY_LAYOUT!r} is what PEFT before 0.19.1 writes"
+        raise ConversionError(problem.code, f"{problem.message}; {advice}", problem.rule) from None
+
+
 def _shape(of: Listed) -> tuple[int, ...]:
     """A shape of a tensor that its pattern fits: where an axis has no known size it has one position."""
     if not isinstance(of.shape, str):
@@ -179,4 +208,4 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
     return weight.removesuffix(".weight") + found["rest"]
 
 
-__all__ = ["OUTER_PREFIX", "Naming", "outer_prefix"]
+__all__ = ["LAYOUT", "LEGACY_LAYOUT", "OUTER_PREFIX", "Naming", "check_pairs", "outer_prefix", "telling_of_layouts"]

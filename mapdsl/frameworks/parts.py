@@ -5,13 +5,14 @@ What stored tensors are made of together is in one part: a part's stored tensors
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from mapdsl.frameworks.layouts import local_of
-from mapdsl.frameworks.live import State
+from mapdsl.frameworks.live import MissingTensorsError, State
+from mapdsl.runtime.errors import some_of
 from mapdsl.runtime.tracing import Trace
 
 _MOST_PARTS = 64  # planning a load takes time besides reading
@@ -38,6 +39,14 @@ class Part:
 
 def _memory(tensor: Tensor) -> int:
     return local_of(tensor).untyped_storage().data_ptr()
+
+
+def check_complete(found: Trace, known: Collection[str]) -> None:
+    """Raise MissingTensorsError where a checkpoint of the known names lacks what writing a state would make."""
+    missing = [name for name in found.stored_names() if name not in known]
+    if missing:
+        many = f"{len(missing)} tensors" if len(missing) > 1 else "a tensor"
+        raise MissingTensorsError("R605", f"the checkpoint lacks {many}: {some_of(missing)}")
 
 
 def parts_of(found: Trace, state: State) -> list[list[str]]:
@@ -83,4 +92,4 @@ def _together(found: Trace, state: State) -> dict[str, str]:
     return {name: leader(name) for name in state if name in others}
 
 
-__all__ = ["Part", "parts_of"]
+__all__ = ["Part", "check_complete", "parts_of"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.base import Codec
-from mapdsl.runtime.codecs.formats import DTYPE_BY_SPELLING, FLOAT_DTYPES
+from mapdsl.runtime.codecs.formats import DTYPE_BY_SPELLING, FLOAT_DTYPES, dtype_name
 from mapdsl.runtime.codecs.likeness import likeliest
 from mapdsl.runtime.codecs.storage import RAW_STORAGE, Parts
 from mapdsl.runtime.complement import RAW, Alternatives, Raw
@@ -131,9 +131,9 @@ class StoredForms(StateNames):
             raise ConversionError("R605", f"{name} is stored as {claimed.name}, but its companion {lacking} is missing")
         if RAW in stored and name in self:
             return RAW
-        names = "|".join(codec.name for codec in stored)
-        dtype_text = f" of {self._peek(there[0]).dtype}" if there else ""
-        raise ConversionError("C504", f"{name}{dtype_text} is stored as none of {names}")
+        names = " or ".join(codec.name for codec in stored)
+        found = f"is {dtype_name(self._peek(there[0]).dtype)}" if there else "has another form"
+        raise ConversionError("C504", f"{name} {found}, the map stores it as {names}")
 
     def _likeliest(self, name: str, codecs: list[Codec]) -> Codec:
         """Of formats whose parts are all there, the one that dtypes and shapes fit."""

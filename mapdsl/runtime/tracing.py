@@ -7,6 +7,7 @@ which of them is seen from the links, once it is known which part of the result 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -73,6 +74,14 @@ class Target:
         for part in whole.parts:
             assert part.traced.whole.name is not None, f"{self.name} is made in two steps"
             yield part.traced.whole.name
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether elements of it come from nothing: they are zeros."""
+        if self.traced is None or self.traced.whole.name is not None:
+            return False
+        filled = sum(part.traced.numel() for part in self.traced.whole.parts if not part.copy)
+        return filled < math.prod(self.shape)
 
     def links(self) -> Iterator[Link]:
         """Where its elements come from; what no link speaks of is zeros."""
@@ -141,12 +150,13 @@ def trace(
     dtype: torch.dtype = torch.bfloat16,
     partial: bool = False,
     quantization: bool = True,
+    others: bool = False,
 ) -> Trace:
     """What converting a side of a map takes from where.
 
     Of the state only names, dtypes and shapes are looked at, those of DTensors being of all ranks together; `dtype`,
     `partial` and `quantization` are as of `Adapter.read` and `Adapter.write`. A name that no rule reads is an
-    error, R603.
+    error, R603, unless there may be `others`.
     """
     complement = adapter.complement
     is_left = side == adapter.LEFT
@@ -179,7 +189,8 @@ def trace(
             adapter._to_right(take, put)
         else:
             adapter._to_left(take, put)
-    take.finish()
+    if not others:
+        take.finish()
     return found
 
 
