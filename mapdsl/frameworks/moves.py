@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mapdsl.frameworks.layouts import Block, Layout
+from mapdsl.runtime.codecs.memory import fresh
 from mapdsl.runtime.codecs.strided import contiguous_copy, copy_strided
 from mapdsl.runtime.errors import ConversionError
 from mapdsl.runtime.fitting import compare
@@ -101,8 +102,8 @@ def piece(local: Tensor, block: Block, link: Link, ranges: Ranges) -> Tensor:
 
 def made_for(layout: Layout, links: Sequence[Link], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for what this process is to hold of a tensor; zeros where links do not fill it."""
-    make = torch.empty if all(are_filled(links, block.box) for block in layout.blocks()) else torch.zeros
-    return make(layout.local_shape, dtype=dtype, device=device)
+    made = fresh(layout.local_shape, dtype, device)
+    return made if all(are_filled(links, block.box) for block in layout.blocks()) else made.zero_()
 
 
 def are_filled(links: Sequence[Link], box: Box) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mapdsl.runtime.codecs.base import Codec
 from mapdsl.runtime.codecs.formats import DTYPE_BY_SPELLING, FLOAT_DTYPES, dtype_name
 from mapdsl.runtime.codecs.likeness import likeliest
+from mapdsl.runtime.codecs.memory import fresh
 from mapdsl.runtime.codecs.storage import RAW_STORAGE, Parts
 from mapdsl.runtime.complement import RAW, Alternatives, Raw
 from mapdsl.runtime.errors import ConversionError
@@ -58,7 +59,7 @@ class StoredForms(StateNames):
         """Memory for a tensor that is to be filled with the group."""
         if self._watched is not None:
             return self._watched.allocate(shape, dtype, device)
-        return torch.empty(shape, dtype=dtype, device=device)
+        return fresh(shape, dtype, device)
 
     def _alternative(self, name: str, stored: Alternatives) -> Codec | Raw:
         """The alternative that a stored tensor is in, by the companions beside it, and the dtypes and shapes of all."""

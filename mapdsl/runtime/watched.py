@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mapdsl.runtime.codecs.memory import fresh
+
 # Dtype, in safetensors' spelling, and shape of a tensor.
 Form = tuple[str, "tuple[int, ...]"]
 
@@ -33,4 +35,4 @@ class WatchedState(Mapping[str, Tensor]):
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for a tensor that is to be filled with the group."""
-        return torch.empty(shape, dtype=dtype, device=device)
+        return fresh(shape, dtype, device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mapdsl.runtime.codecs.formats import DTYPE_BY_SPELLING, FLOAT_DTYPES, dtype_name, is_finite
 from mapdsl.runtime.codecs.kept import Kept
+from mapdsl.runtime.codecs.memory import fresh
 from mapdsl.runtime.codecs.storage import Box, Storage
 from mapdsl.runtime.errors import ConversionError
 
@@ -196,7 +197,7 @@ class Codec(ABC):
     ) -> Tensor:
         """The tensor to decode to: `out`, if it has the right shape and device, else new memory."""
         if out is None:
-            return torch.empty(shape, dtype=dtype, device=device)
+            return fresh(shape, dtype, device)
         if tuple(out.shape) != tuple(shape) or out.device != device:
             found, expected = f"{list(out.shape)} on {out.device}", f"{list(shape)} on {device}"
             raise ConversionError("R606", f"{self.payload(key)}: `out` is {found}, the tensor {expected}")
@@ -209,7 +210,7 @@ class Codec(ABC):
     ) -> Tensor:
         """Memory for a payload: `out`, if it is as the payload has to be, else new memory."""
         if out is None:
-            return torch.empty(shape, dtype=dtype, device=device)
+            return fresh(shape, dtype, device)
         if (tuple(out.shape), out.dtype, out.device) != (tuple(shape), dtype, device) or not out.is_contiguous():
             found, expected = f"{list(out.shape)} {dtype_name(out.dtype)}", f"{list(shape)} {dtype_name(dtype)}"
             raise ConversionError("R606", f"{self.payload(key)}: `out` is {found}, the payload {expected}, contiguous")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mapdsl.runtime.codecs.kernels import Kernels, each, transposing_kernels
+from mapdsl.runtime.codecs.memory import fresh
 from mapdsl.runtime.codecs.scratch import scratch
 
 _SMALL = 1 << 10  # elements that a first-level cache holds in any order
@@ -38,7 +39,7 @@ def contiguous_copy(source: Tensor) -> Tensor:
     wants_grad = source.requires_grad and torch.is_grad_enabled()
     if source.device.type != "cpu" or wants_grad or not is_plain(source):
         return source.clone(memory_format=torch.contiguous_format)
-    out = torch.empty(source.shape, dtype=source.dtype)
+    out = fresh(tuple(source.shape), source.dtype)
     copy_strided(out, source)
     return out
 
