@@ -118,7 +118,7 @@ class AutomodelAdapter:
         ConversionError where the state does not fit the map.
         """
         del options
-        if quantization and for_checkpoint_load and not self._dtypes:
+        if quantization and for_checkpoint_load:
             self._expect_formats_of_config()
         tensors, others = apart(state_dict)
         prefix, tensors = outer_prefix(tensors)
@@ -253,8 +253,8 @@ class AutomodelAdapter:
         self._dtypes = {name: tensor.dtype for name, tensor in stored.items()}
 
     def _expect_formats_of_config(self) -> None:
-        """The same of the checkpoint that the model's config was read from, where its tensors are on this machine."""
-        folder = folder_of(self.config)
+        """The same, unless it was done, of the checkpoint that the config was read from, if it is on this machine."""
+        folder = None if self._dtypes else folder_of(self.config)
         if folder is not None and any(folder.glob("*.safetensors")):
             self.expect_formats(LazyState(open_checkpoint(folder)).meta())
 
@@ -276,8 +276,7 @@ class AutomodelAdapter:
         if self.LOAD_PART is None or (is_job and torch.distributed.get_world_size() > 1):
             return None
         tensors, others = apart(model_state_dict)
-        if not self._dtypes:
-            self._expect_formats_of_config()
+        self._expect_formats_of_config()
         with self._stored_anew(packed=True):
             found = trace(self.adapter, self.adapter.RIGHT, tensors, partial=True)
         refuse_lacking(found.lacking)
