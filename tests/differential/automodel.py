@@ -31,6 +31,16 @@ from tests.helpers.deepseek_v4 import differences
 Shapes = dict[str, tuple[int, ...]]
 State = dict[str, Tensor]
 
+# What most tiny models share; no two are alike, so that no axis is taken for another.
+SIZES: dict[str, Any] = {
+    "vocab_size": 17,
+    "hidden_size": 66,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "intermediate_size": 26,
+}
+
 
 @dataclass(frozen=True)
 class Family:

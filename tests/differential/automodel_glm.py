@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.differential.automodel import Family, cases
+from tests.differential.automodel import SIZES, Family, cases
 
 GLM4_MOE = Family("glm4_moe", "Glm4MoeForCausalLM", "transformers:Glm4MoeConfig")
 CONFIG: dict[str, Any] = {
     "num_hidden_layers": 3,
-    "vocab_size": 17,
-    "hidden_size": 66,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "intermediate_size": 26,
+    **SIZES,
     "moe_intermediate_size": 14,
     "n_routed_experts": 3,
     "n_shared_experts": 1,

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.differential.automodel import Family, cases
+from tests.differential.automodel import SIZES, Family, cases
 
 QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", "transformers:Qwen3MoeConfig")
 QWEN3_NEXT = Family("qwen3_next", "Qwen3NextForCausalLM", "transformers:Qwen3NextConfig")
 
 SHARED: dict[str, Any] = {
     "num_hidden_layers": 4,
-    "vocab_size": 17,
-    "hidden_size": 66,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "intermediate_size": 26,
+    **SIZES,
     "moe_intermediate_size": 14,
     "num_experts": 3,
     "num_experts_per_tok": 2,

@@ -11,19 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.differential.automodel import Case, Family, cases, contiguous, random_state, shuffled
+from tests.differential.automodel import SIZES, Case, Family, cases, contiguous, random_state, shuffled
 from tests.helpers.deepseek_v4 import differences, same_bytes
 
 pytestmark = pytest.mark.heavy
 
 SHARED: dict[str, Any] = {
     "num_hidden_layers": 2,
-    "vocab_size": 17,
-    "hidden_size": 66,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "intermediate_size": 26,
+    **SIZES,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "one of each": SHARED,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mapdsl
-from tests.differential.automodel import Case, Family, cases
+from tests.differential.automodel import SIZES, Case, Family, cases
 from tests.helpers.deepseek_v4 import differences
 
 pytestmark = pytest.mark.heavy
@@ -20,12 +20,7 @@ HY = Family("hy_v3", "HYV3ForCausalLM", "nemo_automodel.components.models.hy_v3.
 CONFIG: dict[str, Any] = {
     "num_hidden_layers": 3,
     "first_k_dense_replace": 1,
-    "vocab_size": 17,
-    "hidden_size": 66,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "intermediate_size": 26,
+    **SIZES,
     "moe_intermediate_size": 14,
     "num_experts": 3,
     "num_shared_experts": 1,

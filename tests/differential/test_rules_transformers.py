@@ -17,19 +17,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.differential.automodel import load, shape_differences, shapes_of
+from tests.differential.automodel import SIZES, load, shape_differences, shapes_of
 from tests.helpers.deepseek_v4 import differences, same_bytes
 
 pytestmark = pytest.mark.heavy
 
 DENSE: dict[str, Any] = {
     "num_hidden_layers": 4,
-    "vocab_size": 17,
-    "hidden_size": 66,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "intermediate_size": 26,
+    **SIZES,
 }
 NO_HEAD: dict[str, Any] = {"head_dim": None, "hidden_size": 84}
 TIED = {"tie_word_embeddings": True}
